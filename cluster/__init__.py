@@ -1,0 +1,1 @@
+"""Where Danlu runs: connecting to Ray, submitting jobs, object-store access. Imports none of the other rooms."""

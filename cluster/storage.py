@@ -1,0 +1,238 @@
+"""Files by one spelling: a local path, `file://`, `s3://`, `gs://` and `hdfs://` behave alike.
+
+Nothing here relies on rename of a remote object. A file becomes visible whole or not at all: local files are written
+beside their destination and linked in, remote ones are a single upload that the store makes visible at its end.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import hashlib
+import os
+import re
+import tempfile
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow as pa
+from pyarrow import fs as pafs
+
+_SCHEME = re.compile(r"^[a-z][a-z0-9+.-]*://")
+_GLOB = re.compile(r"[*?\[]")
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    """One file found by `list_files`: its full path, its path relative to the root that was asked for, size in bytes."""
+
+    path: str
+    relative: str
+    size: int
+    mtime_ns: int
+
+
+def is_remote(path: str) -> bool:
+    """True for every URI except `file://`."""
+    return bool(_SCHEME.match(path)) and not path.startswith("file://")
+
+
+def resolve(path: str) -> tuple[pafs.FileSystem, str]:
+    """The filesystem of a path or URI, and the path inside it.
+
+    Raises ValueError when the scheme is not one that pyarrow knows.
+    """
+    if _SCHEME.match(path):
+        try:
+            return pafs.FileSystem.from_uri(path)
+        except (pa.ArrowInvalid, OSError) as error:
+            raise ValueError(f"cannot open {path!r}: {error}") from error
+    return pafs.LocalFileSystem(), os.path.abspath(path)
+
+
+def absolute(path: str, base: str) -> str:
+    """`path` as it is if absolute or a URI, otherwise below `base`."""
+    if _SCHEME.match(path) or os.path.isabs(path):
+        return path
+    return join(base, path)
+
+
+def join(base: str, *names: str) -> str:
+    """Join with one `/`, for local paths and URIs."""
+    return "/".join([base.rstrip("/") or "/", *(name.strip("/") for name in names)])
+
+
+def exists(path: str) -> bool:
+    filesystem, inner = resolve(path)
+    return filesystem.get_file_info(inner).type != pafs.FileType.NotFound
+
+
+def size(path: str) -> int:
+    """Size in bytes. Raises FileNotFoundError."""
+    filesystem, inner = resolve(path)
+    info = filesystem.get_file_info(inner)
+    if info.type == pafs.FileType.NotFound:
+        raise FileNotFoundError(path)
+    return int(info.size or 0)
+
+
+def make_directory(path: str) -> None:
+    filesystem, inner = resolve(path)
+    filesystem.create_dir(inner, recursive=True)
+
+
+def list_files(pattern: str) -> list[FileEntry]:
+    """The files that a path, directory or glob names, in order of their relative path.
+
+    A directory is listed recursively; names starting with `.` or `_` are left out. `*` does not cross `/`, `**` does.
+    Raises FileNotFoundError when nothing matches.
+    """
+    match = _GLOB.search(pattern)
+    root = pattern if match is None else pattern[: pattern.rfind("/", 0, match.start()) + 1] or "."
+    filesystem, inner = resolve(root)
+    info = filesystem.get_file_info(inner)
+    if match is None and info.type == pafs.FileType.File:
+        return [FileEntry(pattern, os.path.basename(inner), int(info.size), int(info.mtime_ns or 0))]
+    if info.type == pafs.FileType.NotFound:
+        raise FileNotFoundError(f"no such file or directory: {pattern}")
+    prefix = inner.rstrip("/") + "/"
+    wanted = None if match is None else re.compile(_translate(pattern[len(root) :] if root != "." else pattern))
+    found = []
+    for entry in filesystem.get_file_info(pafs.FileSelector(inner, recursive=True)):
+        if entry.type != pafs.FileType.File:
+            continue
+        relative = entry.path[len(prefix) :] if entry.path.startswith(prefix) else entry.path
+        if any(name.startswith((".", "_")) for name in relative.split("/")):
+            continue
+        if wanted is None or wanted.match(relative):
+            found.append(FileEntry(join(root, relative), relative, int(entry.size), int(entry.mtime_ns or 0)))
+    if not found:
+        raise FileNotFoundError(f"no file matches: {pattern}")
+    return sorted(found, key=lambda entry: entry.relative)
+
+
+def _translate(glob: str) -> str:
+    """A regular expression for a glob in which `*` stops at `/` and `**` does not."""
+    pieces = []
+    for piece in re.split(r"(\*\*/?|\*|\?|\[[^\]]*\])", glob):
+        if piece in ("**", "**/"):
+            pieces.append("(?:.*/)?" if piece.endswith("/") else ".*")
+        elif piece == "*":
+            pieces.append("[^/]*")
+        elif piece == "?":
+            pieces.append("[^/]")
+        elif piece.startswith("["):
+            pieces.append(fnmatch.translate(piece)[4:-3])
+        else:
+            pieces.append(re.escape(piece))
+    return "".join(pieces) + r"\Z"
+
+
+def open_input(path: str) -> pa.NativeFile:
+    """A seekable reader."""
+    filesystem, inner = resolve(path)
+    return filesystem.open_input_file(inner)
+
+
+def read_bytes(path: str) -> bytes:
+    with open_input(path) as stream:
+        return stream.read()
+
+
+def write_bytes(path: str, data: bytes) -> None:
+    """Write a whole file; a reader sees the old content or the new, never a part."""
+    if is_remote(path):
+        filesystem, inner = resolve(path)
+        with filesystem.open_output_stream(inner) as stream:
+            stream.write(data)
+        return
+    _, inner = resolve(path)
+    temporary = _write_beside(inner, data)
+    os.replace(temporary, inner)
+
+
+def create_if_absent(path: str, data: bytes) -> bool:
+    """Create a file unless it exists; False when it was there already. Atomic for local files.
+
+    On an object store the check and the upload are two steps: two writers of one unit may both succeed, which is
+    harmless because a unit's content depends on the unit alone.
+    """
+    if is_remote(path):
+        if exists(path):
+            return False
+        write_bytes(path, data)
+        return True
+    _, inner = resolve(path)
+    temporary = _write_beside(inner, data)
+    try:
+        os.link(temporary, inner)
+        return True
+    except FileExistsError:
+        return False
+    finally:
+        os.unlink(temporary)
+
+
+def _write_beside(inner: str, data: bytes) -> str:
+    os.makedirs(os.path.dirname(inner), exist_ok=True)
+    temporary = os.path.join(os.path.dirname(inner), f".{os.path.basename(inner)}.{uuid.uuid4().hex}")
+    try:
+        with open(temporary, "wb") as stream:
+            stream.write(data)
+            stream.flush()
+            os.fsync(stream.fileno())
+    except BaseException:
+        if os.path.exists(temporary):
+            os.unlink(temporary)
+        raise
+    return temporary
+
+
+def scratch_file(directory: str) -> str:
+    """A fresh local path to write before `publish`: beside the destination when that is local, else in the temp folder."""
+    if is_remote(directory):
+        return os.path.join(tempfile.gettempdir(), f"danlu-{uuid.uuid4().hex}")
+    _, inner = resolve(directory)
+    os.makedirs(os.path.join(inner, ".scratch"), exist_ok=True)
+    return os.path.join(inner, ".scratch", uuid.uuid4().hex)
+
+
+def publish(local: str, destination: str) -> None:
+    """Move a finished local file to its destination, visible at once; the destination may exist with the same content."""
+    if is_remote(destination):
+        filesystem, inner = resolve(destination)
+        with open(local, "rb") as source, filesystem.open_output_stream(inner) as stream:
+            while block := source.read(8 << 20):
+                stream.write(block)
+        os.unlink(local)
+        return
+    _, inner = resolve(destination)
+    os.makedirs(os.path.dirname(inner), exist_ok=True)
+    with open(local, "rb") as source:
+        os.fsync(source.fileno())
+    os.replace(local, inner)
+
+
+def delete(path: str) -> None:
+    """Remove a file or a directory tree; nothing happens if it is absent."""
+    filesystem, inner = resolve(path)
+    info = filesystem.get_file_info(inner)
+    if info.type == pafs.FileType.Directory:
+        filesystem.delete_dir(inner)
+    elif info.type == pafs.FileType.File:
+        filesystem.delete_file(inner)
+
+
+def sha256_of(path: str) -> str:
+    digest = hashlib.sha256()
+    with open_input(path) as stream:
+        while block := stream.read(4 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def local_path(path: str) -> Path:
+    """The local path behind a path or `file://` URI. Raises ValueError for a remote one."""
+    if is_remote(path):
+        raise ValueError(f"{path!r} is not on this machine's disk")
+    return Path(resolve(path)[1])

@@ -1,0 +1,1 @@
+"""Filters: measure and decide, a named reason for each rejected row."""

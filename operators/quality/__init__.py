@@ -1,0 +1,1 @@
+"""Quality: classifiers trained from named good and bad documents, and their scores."""

@@ -1,0 +1,59 @@
+"""The operators a recipe may name, and how a name becomes an operator. Modules load when first used."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from operators.config import SettingsError, nearest
+from operators.operator import Operator
+
+OPERATORS: dict[str, str] = {
+    "extract_html": "operators.text.html:ExtractHtml",
+    "fix_text": "operators.text.repair:FixText",
+    "strip_boilerplate": "operators.text.boilerplate:StripBoilerplate",
+    "detect_language": "operators.text.language:DetectLanguage",
+    "gopher_quality": "operators.filters.gopher:GopherQuality",
+    "gopher_repetition": "operators.filters.gopher:GopherRepetition",
+    "bad_words": "operators.filters.badwords:BadWords",
+    "redact_pii": "operators.text.pii:RedactPii",
+    "score_quality": "operators.quality.scorer:ScoreQuality",
+}
+
+
+def load(name: str) -> type[Operator]:
+    """The class behind a registered name or an import path `package.module:Class`.
+
+    Raises SettingsError when there is no such operator or the path does not lead to one.
+    """
+    path = OPERATORS.get(name, name)
+    if ":" not in path:
+        raise SettingsError(
+            f"unknown operator {name!r}{nearest(name, list(OPERATORS))} (or an import path 'package.module:Class')"
+        )
+    module_name, _, attribute = path.partition(":")
+    try:
+        found = getattr(importlib.import_module(module_name), attribute)
+    except (ImportError, AttributeError) as error:
+        raise SettingsError(f"operator {name!r} cannot be imported: {error}") from error
+    if not (isinstance(found, type) and issubclass(found, Operator)):
+        raise SettingsError(f"operator {name!r} is no subclass of operators.operator.Operator")
+    return found
+
+
+def build(entry: str | dict[str, Any]) -> Operator:
+    """An operator from its recipe entry: `name` or `{name: {option: value}}`. Raises SettingsError."""
+    name, options = split(entry)
+    return load(name)(**options)
+
+
+def split(entry: str | dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """(name, options) of a recipe entry. Raises SettingsError when it has another shape."""
+    if isinstance(entry, str):
+        return entry, {}
+    if len(entry) != 1:
+        raise SettingsError(f"an operator is 'name' or '{{name: {{option: value}}}}', got keys {list(entry)}")
+    name, options = next(iter(entry.items()))
+    if options is not None and not isinstance(options, dict):
+        raise SettingsError(f"options of operator {name!r} must be a mapping, got {options!r}")
+    return name, dict(options or {})

@@ -1,0 +1,393 @@
+"""Shard directories: Parquet parts, rejects and a manifest, committed unit by unit.
+
+A stage's directory holds
+
+    parts/NNNNNNNN-KKK-HHHHHHHHHHHH.parquet      rows of unit N, part K; H is the start of the file's SHA-256
+    rejects/NNNNNNNN-KKK-HHHHHHHHHHHH.parquet    rejected and quarantined rows of unit N (tables.REJECTS)
+    units/NNNNNNNN.json                          the record that commits unit N: names, checksums, ledger, statistics
+    timings/NNNNNNNN.json                        seconds, peak memory, attempts; never compared
+    manifest.json                                the finished stage; a directory without one is unfinished
+    timings.json
+
+File names are addressed by content, so a retried unit writes the same names with the same bytes, and two directories
+made from one plan can be compared with `diff -r parts`. A dedup stage writes no rows: it is a *view*, whose manifest
+lists the parts of its inputs with a removal bitmap each; `parts()` resolves views, `read()` applies the bitmaps.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import resource
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from cluster import storage
+from operators import tables
+from operators.ledger import Equation, Ledger, merge_stats
+
+MAX_PART_BYTES = 256 << 20
+_ROW_GROUP_BYTES = 8 << 20  # bounds what a reader of one record batch must hold
+
+
+@dataclass(frozen=True)
+class Part:
+    """One Parquet file of a stage's rows, read through a removal bitmap if there is one.
+
+    `first_ordinal` numbers the file's rows (before removal) among all rows of the inputs that the list was asked for.
+    """
+
+    path: str
+    rows: int
+    first_ordinal: int
+    removed: str | None = None  # path of the bitmap: numpy.packbits, little bit order, 1 = removed
+    removed_rows: int = 0
+
+    @property
+    def kept_rows(self) -> int:
+        return self.rows - self.removed_rows
+
+
+@dataclass
+class Manifest:
+    """A finished stage. Everything the report shows comes from here (and timings.json)."""
+
+    stage: str
+    kind: str
+    fingerprint: str
+    config: dict[str, Any]
+    inputs: dict[str, str]  # input stage name -> its directory relative to the run's directory
+    parts: list[dict[str, Any]]  # name (relative to the directory), rows, bytes, sha256
+    rejects: list[dict[str, Any]]
+    ledger: Ledger
+    stats: dict[str, Any] = field(default_factory=dict)
+    equations: list[dict[str, Any]] = field(default_factory=list)
+    view: list[dict[str, Any]] | None = (
+        None  # for a view: path (relative to the run's directory), rows, removed, removed_rows
+    )
+    files: dict[str, Any] = field(default_factory=dict)  # other outputs, e.g. {"tokenizer": "tokenizer.json"}
+    schema: list[list[str]] = field(default_factory=list)  # [column, Arrow type] of the parts
+    versions: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def rows(self) -> int:
+        if self.view is not None:
+            return sum(part["rows"] - part["removed_rows"] for part in self.view)
+        return sum(part["rows"] for part in self.parts)
+
+    def to_json(self) -> dict[str, Any]:
+        return {**self.__dict__, "ledger": self.ledger.to_json(), "rows": self.rows}
+
+
+def load_manifest(directory: str) -> Manifest:
+    """Raises FileNotFoundError when the stage is unfinished."""
+    path = storage.join(directory, "manifest.json")
+    if not storage.exists(path):
+        raise FileNotFoundError(f"{directory} has no manifest.json: the stage is not finished")
+    data = json.loads(storage.read_bytes(path))
+    data.pop("rows")
+    return Manifest(**{**data, "ledger": Ledger.from_json(data["ledger"])})
+
+
+def load_timings(directory: str) -> dict[str, Any]:
+    path = storage.join(directory, "timings.json")
+    return json.loads(storage.read_bytes(path)) if storage.exists(path) else {}
+
+
+class UnitWriter:
+    """Writes the parts and rejects of one work unit and commits them together.
+
+    Nothing is visible as committed before `commit`; an abandoned writer leaves only scratch files, which
+    `finish` clears. Memory is bounded by one row group (8 MiB of Arrow data) a stream, or one batch if that is larger.
+    """
+
+    def __init__(self, directory: str, unit: int, max_part_bytes: int = MAX_PART_BYTES) -> None:
+        self.directory, self.unit = directory, unit
+        self._streams = {
+            "parts": _PartStream(directory, "parts", unit, max_part_bytes),
+            "rejects": _PartStream(directory, "rejects", unit, max_part_bytes),
+        }
+        self._started, self._cpu = time.time(), _cpu_seconds()
+
+    def write(self, table: pa.Table) -> None:
+        """Append rows to the unit's parts. All tables of one unit have one schema."""
+        self._streams["parts"].write(table)
+
+    def reject(self, table: pa.Table) -> None:
+        """Append rows of schema tables.REJECTS."""
+        self._streams["rejects"].write(table)
+
+    def commit(
+        self, ledger: Ledger, stats: dict[str, Any] | None = None, extra: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """Publish the files, then the unit's record. Returns the record that is in force (an earlier one, if any).
+
+        Raises LedgerError when the account does not balance or disagrees with the rows written.
+        """
+        ledger.check(f"{self.directory}, unit {self.unit}")
+        parts, rejects = (self._streams[kind].close() for kind in ("parts", "rejects"))
+        written = sum(part["rows"] for part in parts)
+        if written != ledger.kept:
+            raise RuntimeError(
+                f"{self.directory}, unit {self.unit}: ledger keeps {ledger.kept} rows, {written} were written"
+            )
+        record = {
+            "unit": self.unit,
+            "parts": parts,
+            "rejects": rejects,
+            "ledger": ledger.to_json(),
+            "stats": stats or {},
+            **(extra or {}),
+        }
+        storage.write_bytes(
+            storage.join(self.directory, "timings", f"{self.unit:08d}.json"),
+            _json(
+                {
+                    "seconds": time.time() - self._started,
+                    "cpu_seconds": _cpu_seconds() - self._cpu,
+                    "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+                }
+            ),
+        )
+        path = storage.join(self.directory, "units", f"{self.unit:08d}.json")
+        if not storage.create_if_absent(path, _json(record)):
+            return dict(json.loads(storage.read_bytes(path)))
+        return record
+
+    def abandon(self) -> None:
+        for stream in self._streams.values():
+            stream.abandon()
+
+
+class _PartStream:
+    """Parquet files of bounded size, named by content when closed."""
+
+    def __init__(self, directory: str, kind: str, unit: int, max_bytes: int) -> None:
+        self._directory, self._kind, self._unit, self._max_bytes = directory, kind, unit, max_bytes
+        self._writer: pq.ParquetWriter | None = None
+        self._scratch = ""
+        self._rows = 0
+        self._done: list[dict[str, Any]] = []
+        self._pending: list[pa.Table] = []
+        self._pending_bytes = 0
+
+    def write(self, table: pa.Table) -> None:
+        if not table.num_rows:
+            return
+        self._pending.append(table)
+        self._pending_bytes += table.nbytes
+        if self._pending_bytes >= _ROW_GROUP_BYTES:
+            self._flush()
+
+    def _flush(self) -> None:
+        if not self._pending:
+            return
+        table = pa.concat_tables(self._pending).combine_chunks()
+        self._pending, self._pending_bytes = [], 0
+        if self._writer is None:
+            self._scratch = storage.scratch_file(self._directory)
+            self._writer = pq.ParquetWriter(self._scratch, table.schema, compression="zstd", store_schema=True)
+        self._writer.write_table(table, row_group_size=max(1, table.num_rows))
+        self._rows += table.num_rows
+        if os.path.getsize(self._scratch) >= self._max_bytes:
+            self._finish_file()
+
+    def _finish_file(self) -> None:
+        if self._writer is None:
+            return
+        self._writer.close()
+        self._writer = None
+        digest = storage.sha256_of(self._scratch)
+        name = f"{self._kind}/{self._unit:08d}-{len(self._done):03d}-{digest[:12]}.parquet"
+        entry = {"name": name, "rows": self._rows, "bytes": os.path.getsize(self._scratch), "sha256": digest}
+        storage.publish(self._scratch, storage.join(self._directory, name))
+        self._done.append(entry)
+        self._rows = 0
+
+    def close(self) -> list[dict[str, Any]]:
+        self._flush()
+        self._finish_file()
+        return self._done
+
+    def abandon(self) -> None:
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
+            os.unlink(self._scratch)
+
+
+def committed_units(directory: str) -> dict[int, dict[str, Any]]:
+    """The records of the units committed so far."""
+    units = storage.join(directory, "units")
+    if not storage.exists(units):
+        return {}
+    records = (json.loads(storage.read_bytes(entry.path)) for entry in _list(units))
+    return {record["unit"]: record for record in records}
+
+
+def _list(directory: str) -> list[storage.FileEntry]:
+    try:
+        return storage.list_files(directory)
+    except FileNotFoundError:
+        return []
+
+
+def finish(
+    directory: str,
+    *,
+    stage: str,
+    kind: str,
+    fingerprint: str,
+    config: dict[str, Any],
+    inputs: dict[str, str],
+    ledger: Ledger | None = None,
+    stats: dict[str, Any] | None = None,
+    equations: Sequence[Equation] = (),
+    view: list[dict[str, Any]] | None = None,
+    files: dict[str, Any] | None = None,
+    timings: dict[str, Any] | None = None,
+) -> Manifest:
+    """Fold the unit records into the manifest, which makes the stage finished.
+
+    `ledger` replaces the sum of the units' ledgers for stages that have no units. Raises LedgerError when an account
+    or an equation does not balance.
+    """
+    records = committed_units(directory)
+    total, merged = Ledger(), dict(stats or {})
+    for number in sorted(records):
+        total.add(Ledger.from_json(records[number]["ledger"]))
+        merge_stats(merged, records[number]["stats"])
+    if ledger is not None:
+        total = ledger
+    total.check(f"stage {stage}")
+    for equation in equations:
+        equation.check(f"stage {stage}")
+    parts = [part for number in sorted(records) for part in records[number]["parts"]]
+    rejects = [part for number in sorted(records) for part in records[number]["rejects"]]
+    schema: list[list[str]] = []
+    if parts:
+        with storage.open_input(storage.join(directory, parts[0]["name"])) as stream:
+            schema = [[f.name, str(f.type)] for f in pq.read_schema(stream)]
+    manifest = Manifest(
+        stage, kind, fingerprint, config, inputs, parts, rejects, total, merged,
+        [equation.__dict__ for equation in equations], view, files or {}, schema, _versions(),
+    )  # fmt: skip
+    unit_times = [json.loads(storage.read_bytes(entry.path)) for entry in _list(storage.join(directory, "timings"))]
+    storage.write_bytes(
+        storage.join(directory, "timings.json"),
+        _json(
+            {
+                "units": len(unit_times),
+                "unit_seconds": sum(item["seconds"] for item in unit_times),
+                "cpu_seconds": sum(item["cpu_seconds"] for item in unit_times),
+                "peak_rss_bytes": max((item["peak_rss_bytes"] for item in unit_times), default=0),
+                **(timings or {}),
+            }
+        ),
+    )
+    storage.delete(storage.join(directory, ".scratch"))
+    storage.write_bytes(storage.join(directory, "manifest.json"), _json(manifest.to_json()))
+    return manifest
+
+
+def parts(directories: Sequence[str]) -> list[Part]:
+    """All parts of finished stages in order, views resolved, with ordinals that run on from one to the next."""
+    found: list[Part] = []
+    ordinal = 0
+    for directory in directories:
+        for path, rows, removed, removed_rows in _resolve(directory):
+            found.append(Part(path, rows, ordinal, removed, removed_rows))
+            ordinal += rows
+    return found
+
+
+def _resolve(directory: str) -> Iterator[tuple[str, int, str | None, int]]:
+    manifest = load_manifest(directory)
+    if manifest.view is None:
+        for part in manifest.parts:
+            yield storage.join(directory, part["name"]), part["rows"], None, 0
+        return
+    run = run_directory(directory)
+    for part in manifest.view:
+        bitmap = storage.join(directory, part["removed"]) if part["removed"] else None
+        yield storage.join(run, part["path"]), part["rows"], bitmap, part["removed_rows"]
+
+
+def run_directory(stage_directory: str) -> str:
+    """`runs/NAME` of `runs/NAME/STAGE/FINGERPRINT`."""
+    return stage_directory.rstrip("/").rsplit("/", 2)[0]
+
+
+def relative_to_run(stage_directory: str, path: str) -> str:
+    """`path` (of a part or a stage) as manifests name it: relative to the run's directory."""
+    run = run_directory(stage_directory)
+    if not path.startswith(run + "/"):
+        raise ValueError(f"{path} is not below the run {run}")
+    return path[len(run) + 1 :]
+
+
+def read(
+    part: Part, columns: Sequence[str] | None = None, batch_rows: int = 8192
+) -> Iterator[tuple[pa.Array, pa.RecordBatch]]:
+    """The surviving rows of a part in order, as (ordinals uint64, rows), batch by batch.
+
+    Memory is bounded by a row group. `columns` that the file lacks raise KeyError naming file and column.
+    """
+    keep = ~load_bitmap(part) if part.removed else None
+    with storage.open_input(part.path) as stream:
+        file = pq.ParquetFile(stream)
+        missing = set(columns or ()) - set(file.schema_arrow.names)
+        if missing:
+            raise KeyError(f"{part.path} has no column {sorted(missing)}; it has {file.schema_arrow.names}")
+        position = 0
+        for batch in file.iter_batches(batch_size=batch_rows, columns=list(columns) if columns is not None else None):
+            ordinals = np.arange(position, position + batch.num_rows, dtype=np.uint64)
+            position += batch.num_rows
+            if keep is not None:
+                mask = keep[ordinals]
+                if not mask.any():
+                    continue
+                ordinals, batch = ordinals[mask], batch.filter(pa.array(mask))
+            yield pa.array(ordinals + np.uint64(part.first_ordinal)), batch
+
+
+def load_bitmap(part: Part) -> np.ndarray:
+    """bool[rows], True = removed."""
+    if part.removed is None:
+        return np.zeros(part.rows, bool)
+    packed = np.frombuffer(storage.read_bytes(part.removed), np.uint8)
+    return np.unpackbits(packed, count=part.rows, bitorder="little").view(bool)
+
+
+def save_bitmap(directory: str, index: int, removed: np.ndarray) -> str:
+    """Write bool[rows] and return the file's name relative to the directory."""
+    data = np.packbits(removed, bitorder="little").tobytes()
+    name = f"removed/{index:08d}-{hashlib.sha256(data).hexdigest()[:12]}.bits"
+    storage.write_bytes(storage.join(directory, name), data)
+    return name
+
+
+def _versions() -> dict[str, str]:
+    import platform
+    from importlib import metadata
+
+    found = {"python": platform.python_version(), "tables": str(tables.SCHEMA_VERSION)}
+    for name in ("ray", "pyarrow", "numpy"):
+        found[name] = metadata.version(name)
+    return found
+
+
+def _cpu_seconds() -> float:
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    return usage.ru_utime + usage.ru_stime
+
+
+def _json(value: Any) -> bytes:
+    return json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False).encode("utf-8", "surrogatepass")

@@ -1,0 +1,1 @@
+"""Readers: files to work units to Arrow batches of documents."""

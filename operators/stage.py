@@ -1,0 +1,100 @@
+"""What a stage is given to work with. Stages of every room take this context and write one shard directory."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Protocol
+
+from cluster import storage
+from operators import shards
+from operators.config import Settings
+from operators.ledger import Equation, Ledger
+
+
+class Progress(Protocol):
+    """Told how far a stage is. `note` is a short phrase such as `units` or `replies`."""
+
+    def __call__(self, done: int, total: int, note: str) -> None: ...
+
+
+class Cancelled(RuntimeError):
+    """The user stopped the run; whatever was committed stays."""
+
+
+@dataclass
+class StageContext:
+    """Where a stage reads, writes and reports.
+
+    `inputs` maps the names of input stages to their finished shard directories. `services` hands out what stages share
+    (a generation engine, a group of training workers), by key.
+    """
+
+    stage: str
+    kind: str
+    directory: str
+    fingerprint: str
+    config: dict[str, Any]
+    inputs: dict[str, str]
+    seed: int
+    limit: int | None = None
+    workers: int = 2
+    cache_directory: str = ""  # for things made once per machine, such as converted model weights
+    base_directory: str = "."  # what relative paths of the recipe are relative to
+    progress: Progress = lambda done, total, note: None
+    log: Callable[[str], None] = lambda line: None
+    cancelled: threading.Event = field(default_factory=threading.Event)
+    services: dict[str, Any] = field(default_factory=dict)
+
+    def path(self, written: str) -> str:
+        """A path of the recipe as an absolute path or URI."""
+        return storage.absolute(written, self.base_directory)
+
+    def check_cancelled(self) -> None:
+        """Raises Cancelled once the user has asked to stop."""
+        if self.cancelled.is_set():
+            raise Cancelled(f"stage {self.stage} was stopped")
+
+    def finish(
+        self,
+        *,
+        ledger: Ledger | None = None,
+        stats: dict[str, Any] | None = None,
+        equations: Sequence[Equation] = (),
+        view: list[dict[str, Any]] | None = None,
+        files: dict[str, Any] | None = None,
+        timings: dict[str, Any] | None = None,
+    ) -> shards.Manifest:
+        """Write the manifest (see shards.finish)."""
+        return shards.finish(
+            self.directory, stage=self.stage, kind=self.kind, fingerprint=self.fingerprint, config=self.config,
+            inputs={name: shards.relative_to_run(self.directory, path) for name, path in self.inputs.items()},
+            ledger=ledger, stats=stats, equations=equations, view=view, files=files, timings=timings,
+        )  # fmt: skip
+
+
+class Stage(Settings):
+    """Base of what a recipe's stage may be: a typed configuration with a `run`. The docstring is its documentation.
+
+    Subclasses set `kind: Literal["..."]`, bump `version` whenever the same settings give another result, and declare
+    which shared resource they want: `cpu` (Ray Data and tasks), `generate` (the vLLM engine), `train` (the training
+    worker group).
+    """
+
+    version: ClassVar[int] = 1
+    resource: ClassVar[str] = "cpu"
+
+    kind: str
+
+    def input_names(self) -> list[str]:
+        """The stages whose directories this one reads."""
+        return []
+
+    def files(self) -> list[str]:
+        """Paths or globs outside the run that the result depends on, as written in the recipe."""
+        return []
+
+    def run(self, context: StageContext) -> None:
+        """Write `context.directory` and end with `context.finish(...)`. Called again after a crash, it goes on."""
+        raise NotImplementedError

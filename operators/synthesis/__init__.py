@@ -1,0 +1,1 @@
+"""Synthesis: engines, prompts, Self-Instruct, Evol-Instruct, novelty, preferences."""

@@ -1,0 +1,1 @@
+"""Text: analysis shared by operators, HTML extraction, repair, language, PII."""

@@ -1,0 +1,1 @@
+"""Tokens: training a tokenizer, packing documents into sequences."""

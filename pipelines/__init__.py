@@ -1,0 +1,1 @@
+"""The face of Danlu: recipe, planner, runner, report and the `danlu` command."""

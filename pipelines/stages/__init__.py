@@ -1,0 +1,1 @@
+"""Stages: what a recipe may name, each a typed configuration with a `run`."""
