@@ -28,9 +28,7 @@ def load(name: str) -> type[Operator]:
     """
     path = OPERATORS.get(name, name)
     if ":" not in path:
-        raise SettingsError(
-            f"unknown operator {name!r}{nearest(name, list(OPERATORS))} (or an import path 'package.module:Class')"
-        )
+        raise SettingsError(f"unknown operator {name!r}{nearest(name, list(OPERATORS))} (or an import path 'package.module:Class')")
     module_name, _, attribute = path.partition(":")
     try:
         found = getattr(importlib.import_module(module_name), attribute)

@@ -69,9 +69,7 @@ class Manifest:
     ledger: Ledger
     stats: dict[str, Any] = field(default_factory=dict)
     equations: list[dict[str, Any]] = field(default_factory=list)
-    view: list[dict[str, Any]] | None = (
-        None  # for a view: path (relative to the run's directory), rows, removed, removed_rows
-    )
+    view: list[dict[str, Any]] | None = None  # for a view: path (relative to the run's directory), rows, removed, removed_rows
     files: dict[str, Any] = field(default_factory=dict)  # other outputs, e.g. {"tokenizer": "tokenizer.json"}
     schema: list[list[str]] = field(default_factory=list)  # [column, Arrow type] of the parts
     versions: dict[str, str] = field(default_factory=dict)
@@ -124,9 +122,7 @@ class UnitWriter:
         """Append rows of schema tables.REJECTS."""
         self._streams["rejects"].write(table)
 
-    def commit(
-        self, ledger: Ledger, stats: dict[str, Any] | None = None, extra: dict[str, Any] | None = None
-    ) -> dict[str, Any]:
+    def commit(self, ledger: Ledger, stats: dict[str, Any] | None = None, extra: dict[str, Any] | None = None) -> dict[str, Any]:
         """Publish the files, then the unit's record. Returns the record that is in force (an earlier one, if any).
 
         Raises LedgerError when the account does not balance or disagrees with the rows written.
@@ -135,9 +131,7 @@ class UnitWriter:
         parts, rejects = (self._streams[kind].close() for kind in ("parts", "rejects"))
         written = sum(part["rows"] for part in parts)
         if written != ledger.kept:
-            raise RuntimeError(
-                f"{self.directory}, unit {self.unit}: ledger keeps {ledger.kept} rows, {written} were written"
-            )
+            raise RuntimeError(f"{self.directory}, unit {self.unit}: ledger keeps {ledger.kept} rows, {written} were written")
         record = {
             "unit": self.unit,
             "parts": parts,
@@ -333,9 +327,7 @@ def relative_to_run(stage_directory: str, path: str) -> str:
     return path[len(run) + 1 :]
 
 
-def read(
-    part: Part, columns: Sequence[str] | None = None, batch_rows: int = 8192
-) -> Iterator[tuple[pa.Array, pa.RecordBatch]]:
+def read(part: Part, columns: Sequence[str] | None = None, batch_rows: int = 8192) -> Iterator[tuple[pa.Array, pa.RecordBatch]]:
     """The surviving rows of a part in order, as (ordinals uint64, rows), batch by batch.
 
     Memory is bounded by a row group. `columns` that the file lacks raise KeyError naming file and column.

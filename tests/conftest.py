@@ -15,9 +15,7 @@ def ray_cluster() -> Iterator[None]:
     """A local Ray of four logical CPUs, without dashboard, shut down at the end of the session."""
     import ray
 
-    ray.init(
-        num_cpus=4, include_dashboard=False, object_store_memory=256 << 20, log_to_driver=False, configure_logging=False
-    )
+    ray.init(num_cpus=4, include_dashboard=False, object_store_memory=256 << 20, log_to_driver=False, configure_logging=False)
     yield
     ray.shutdown()
 
