@@ -236,3 +236,21 @@ def local_path(path: str) -> Path:
     if is_remote(path):
         raise ValueError(f"{path!r} is not on this machine's disk")
     return Path(resolve(path)[1])
+
+
+def list_directories(path: str) -> list[str]:
+    """The directories directly below a directory, in order; empty when it does not exist."""
+    filesystem, inner = resolve(path)
+    if filesystem.get_file_info(inner).type != pafs.FileType.Directory:
+        return []
+    found = [e.base_name for e in filesystem.get_file_info(pafs.FileSelector(inner)) if e.type == pafs.FileType.Directory]
+    return [join(path, name) for name in sorted(found) if not name.startswith(".")]
+
+
+def copy(source: str, destination: str) -> None:
+    """Copy one file; the copy appears whole."""
+    local = scratch_file(destination.rsplit("/", 1)[0])
+    with open_input(source) as stream, open(local, "wb") as target:
+        while block := stream.read(8 << 20):
+            target.write(block)
+    publish(local, destination)

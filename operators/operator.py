@@ -43,6 +43,7 @@ class Operator:
     settings: ClassVar[type[Settings]]
     needs: ClassVar[tuple[str, ...]] = ("text",)
     adds: ClassVar[tuple[str, ...]] = ()
+    uses_analysis: ClassVar[bool] = False  # True: `process` wants the shared analysis of the text
     changes_text: ClassVar[bool] = False  # True: the shared analysis of the text is stale afterwards
 
     def __init__(self, **options: Any) -> None:
@@ -73,6 +74,8 @@ class Filter(Operator):
 
     Decisions can be replayed with other thresholds from stored scores without measuring again.
     """
+
+    uses_analysis: ClassVar[bool] = True
 
     def measure(self, table: pa.Table, analysis: Analysis | None = None) -> dict[str, pa.Array]:
         """Score columns, one value a row."""

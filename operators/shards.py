@@ -226,6 +226,18 @@ def committed_units(directory: str) -> dict[int, dict[str, Any]]:
     return {record["unit"]: record for record in records}
 
 
+def copy_unit(source: str, record: dict[str, Any], directory: str, unit: int) -> None:
+    """Take over a committed unit of another directory under the number `unit` (names carry the number, so they change)."""
+    renamed: dict[str, list[dict[str, Any]]] = {}
+    for kind in ("parts", "rejects"):
+        renamed[kind] = []
+        for part in record[kind]:
+            name = f"{kind}/{unit:08d}-{part['name'].split('-', 1)[1]}"
+            storage.copy(storage.join(source, part["name"]), storage.join(directory, name))
+            renamed[kind].append({**part, "name": name})
+    storage.create_if_absent(storage.join(directory, "units", f"{unit:08d}.json"), _json({**record, **renamed, "unit": unit}))
+
+
 def _list(directory: str) -> list[storage.FileEntry]:
     try:
         return storage.list_files(directory)

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Protocol
 
 from cluster import storage
 from operators import shards
-from operators.config import Settings
+from operators.config import Settings, SettingsError
 from operators.ledger import Equation, Ledger
 
 
@@ -50,6 +50,14 @@ class StageContext:
     def path(self, written: str) -> str:
         """A path of the recipe as an absolute path or URI."""
         return storage.absolute(written, self.base_directory)
+
+    def model_of(self, stage: str) -> str:
+        """The path of the model that an input stage made."""
+        directory = self.inputs[stage]
+        files = shards.load_manifest(directory).files
+        if "model" not in files:
+            raise SettingsError(f"stage {self.stage}: stage {stage!r} makes no model (it makes {sorted(files)})")
+        return storage.join(directory, files["model"])
 
     def check_cancelled(self) -> None:
         """Raises Cancelled once the user has asked to stop."""
