@@ -92,8 +92,12 @@ class Stage(Settings):
 
     version: ClassVar[int] = 1
     resource: ClassVar[str] = "cpu"
+    operational: ClassVar[frozenset[str]] = frozenset()  # settings that cannot change the result: not in the fingerprint
 
     kind: str
+
+    def validate_deep(self) -> None:
+        """Checks that need more than the settings' types (importing an operator, say). Raises SettingsError."""
 
     def input_names(self) -> list[str]:
         """The stages whose directories this one reads."""

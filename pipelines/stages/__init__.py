@@ -1,1 +1,39 @@
-"""Stages: what a recipe may name, each a typed configuration with a `run`."""
+"""Stages: what a recipe may name, each a typed configuration with a `run`. Modules load when first used."""
+
+from __future__ import annotations
+
+import importlib
+
+from operators.config import SettingsError, nearest
+from operators.stage import Stage
+
+STAGES: dict[str, str] = {
+    "corpus": "pipelines.stages.corpus:CorpusStage",
+    "quality_classifier": "pipelines.stages.quality:QualityClassifierStage",
+    "dedup": "pipelines.stages.dedup:DedupStage",
+    "tokenizer": "pipelines.stages.tokens:TokenizerStage",
+    "pack": "pipelines.stages.tokens:PackStage",
+    "conversations": "pipelines.stages.synthesis:ConversationsStage",
+    "self_instruct": "pipelines.stages.synthesis:SelfInstructStage",
+    "evol_instruct": "pipelines.stages.synthesis:EvolInstructStage",
+    "preferences": "pipelines.stages.synthesis:PreferencesStage",
+    "pretrain": "pipelines.stages.training:PretrainStage",
+    "sft": "pipelines.stages.training:SftStage",
+    "dpo": "pipelines.stages.training:DpoStage",
+    "evaluate": "pipelines.stages.training:EvaluateStage",
+}
+
+
+def load(kind: str) -> type[Stage]:
+    """The class of a stage kind, or of an import path `package.module:Class`. Raises SettingsError."""
+    path = STAGES.get(kind, kind)
+    if ":" not in path:
+        raise SettingsError(f"unknown stage kind {kind!r}{nearest(kind, list(STAGES))}")
+    module, _, attribute = path.partition(":")
+    try:
+        found = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise SettingsError(f"stage kind {kind!r} cannot be imported: {error}") from error
+    if not (isinstance(found, type) and issubclass(found, Stage)):
+        raise SettingsError(f"stage kind {kind!r} is no subclass of operators.stage.Stage")
+    return found

@@ -20,7 +20,7 @@ class CorpusStage(Stage):
     value, each unreadable one is set aside. An operator option `"@stage"` stands for the model of that stage.
     """
 
-    version: ClassVar[int] = 1
+    operational: ClassVar[frozenset[str]] = frozenset({"unit_memory_bytes", "unit_deadline_s"})
 
     kind: Literal["corpus"]
     read: ReadSettings = Field(description="what to read: format, path, columns")
@@ -30,6 +30,11 @@ class CorpusStage(Stage):
     batch_rows: int = Field(2048, ge=1, description="rows of one batch; memory grows with it, the result does not depend on it")
     unit_memory_bytes: int = Field(4 << 30, ge=256 << 20, description="resident memory at which a unit's process is ended")
     unit_deadline_s: float = Field(600, gt=0, description="seconds without progress after which a unit's process is ended")
+
+    def validate_deep(self) -> None:
+        for entry in self.operators:
+            name, options = registry.split(entry)
+            registry.load(name)(**options)
 
     def input_names(self) -> list[str]:
         return sorted({value[1:] for entry in self.operators for value in _values(entry) if value.startswith("@")})

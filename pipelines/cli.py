@@ -1,0 +1,229 @@
+"""The `danlu` command.
+
+Exit codes: 0 done, 1 a stage failed, 2 wrong usage or recipe or input, 130 stopped by Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import signal
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from rich.console import Console
+
+from cluster import storage
+from operators.config import SettingsError
+from operators.stage import Cancelled
+
+_OUT = Console(highlight=False, soft_wrap=True)
+_ERR = Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    parsed = _parser().parse_args(arguments)
+    try:
+        return int(parsed.run(parsed))
+    except (SettingsError, FileNotFoundError, PermissionError, NotADirectoryError) as error:
+        for line in str(error).splitlines():
+            _ERR.print(f"error: {line}", markup=False)
+        return 2
+    except OSError as error:
+        from pipelines.runner import explain
+
+        _ERR.print(f"error: {explain(error)}", markup=False)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="danlu",
+        description="Danlu (丹炉): from raw text to an aligned, evaluated language model, on Ray. One recipe, one command.",
+        epilog="Exit codes: 0 done, 1 a stage failed, 2 wrong usage, recipe or input, 130 stopped by Ctrl-C.",
+    )
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    run = commands.add_parser("run", help="run a recipe; what is done already is not done again", description=_run.__doc__)
+    _run_options(run)
+    run.add_argument("--address", metavar="ADDRESS", help="join this Ray cluster (`auto`, or ray://...) instead of starting one")
+    run.set_defaults(run=_run)
+
+    check = commands.add_parser("check", help="check a recipe without running it", description=_check.__doc__)
+    check.add_argument("recipe", metavar="RECIPE", help="path of a recipe (YAML)")
+    check.add_argument("--runs", default="runs", metavar="DIR", help="folder or URI that holds the runs (default: runs)")
+    check.add_argument("--limit", type=_positive, metavar="N", help="check for a trial run with this limit")
+    check.set_defaults(run=_check)
+
+    ops = commands.add_parser("ops", help="list operators and stages, or explain one", description=_ops.__doc__)
+    ops.add_argument("action", nargs="?", choices=["list", "show"], default="list")
+    ops.add_argument("name", nargs="?", metavar="NAME", help="an operator, a stage kind, or an import path")
+    ops.set_defaults(run=_ops)
+
+    report = commands.add_parser("report", help="write a run's report.html again", description=_report.__doc__)
+    report.add_argument("directory", metavar="RUN", help="a run's directory, e.g. runs/quickstart")
+    report.set_defaults(run=_report)
+
+    trace = commands.add_parser("trace", help="tell what became of one document or row", description=_trace.__doc__)
+    trace.add_argument("directory", metavar="RUN", help="a run's directory, e.g. runs/quickstart")
+    trace.add_argument("id", metavar="ID", help="the id of a document, conversation or preference pair")
+    trace.add_argument("--json", action="store_true", help="print one JSON object instead of lines")
+    trace.set_defaults(run=_trace)
+
+    submit = commands.add_parser("submit", help="run a recipe as a Ray job on a cluster", description=_submit.__doc__)
+    _run_options(submit)
+    submit.add_argument("--address", required=True, metavar="URL", help="the cluster's job server, e.g. http://127.0.0.1:8265")
+    submit.add_argument("--working-dir", default=".", metavar="DIR", help="the checkout to ship (default: this folder)")
+    submit.add_argument("--no-wait", action="store_true", help="return once submitted instead of following the logs")
+    submit.set_defaults(run=_submit)
+    return parser
+
+
+def _run_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("recipe", metavar="RECIPE", help="path of a recipe (YAML)")
+    parser.add_argument("--runs", default="runs", metavar="DIR", help="folder or URI that holds the runs (default: runs)")
+    parser.add_argument("--limit", type=_positive, metavar="N", help="trial run: N rows a read, N synthesised rows, N steps")
+    parser.add_argument("--workers", type=_positive, default=2, metavar="N", help="workers of a stage (default: 2)")
+    parser.add_argument("--cpus", type=_positive, metavar="N", help="logical CPUs of the Ray that is started here")
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {number}")
+    return number
+
+
+def _run(parsed: argparse.Namespace) -> int:
+    """Run a recipe. Finished stages are found by fingerprint and skipped; an unfinished one goes on where it stopped."""
+    from pipelines.progress import Display
+    from pipelines.recipe import load_recipe
+    from pipelines.report.build import build_report
+    from pipelines.report.summary import summary_table
+    from pipelines.runner import Options, Run, RunError, resume_command
+
+    recipe, text = load_recipe(parsed.recipe)
+    options = Options(
+        runs=parsed.runs,
+        limit=parsed.limit,
+        workers=parsed.workers,
+        address=parsed.address,
+        cpus=parsed.cpus,
+        command=shlex.join(["danlu", *sys.argv[1:]]),
+    )
+    again = resume_command(options, parsed.recipe)
+    with Display(_ERR) as display:
+        run = Run(recipe, text, options, display)
+
+        def stop(_signal: int, _frame: Any) -> None:
+            if run.cancelled.is_set():
+                os._exit(130)
+            display.line("stopping at the next commit; press Ctrl-C again to stop at once")
+            run.stop()
+
+        previous = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+        code, message = 0, ""
+        try:
+            run.execute()
+        except Cancelled:
+            code, message = 130, f"stopped; what was committed stays. Go on with: {again}"
+        except RunError as error:
+            code, message = 1, f"{error}\nwhat was committed stays. Once it is mended, go on with: {again}"
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+    report = build_report(run.directory)
+    _OUT.print(summary_table(run.directory))
+    for line in message.splitlines():
+        _ERR.print(line, markup=False)
+    _OUT.print(report, markup=False)
+    if code == 130:  # threads that wait on Ray would hold the process back
+        sys.stdout.flush()
+        os._exit(code)
+    return code
+
+
+def _check(parsed: argparse.Namespace) -> int:
+    """Check a recipe: keys, operators, inputs, files, the graph; then warn of known causes of bad models."""
+    from pipelines.check import lint
+    from pipelines.graph import plan
+    from pipelines.recipe import load_recipe
+
+    recipe, _ = load_recipe(parsed.recipe)
+    nodes = plan(recipe, storage.join(storage.absolute(parsed.runs, os.getcwd()), recipe.name), os.getcwd(), parsed.limit)
+    for node in nodes:
+        done = "done" if storage.exists(storage.join(node.directory, "manifest.json")) else "to do"
+        inputs = f" <- {', '.join(node.inputs)}" if node.inputs else ""
+        _OUT.print(f"{node.name:<16} {node.stage.kind:<18} {node.fingerprint}  {done}{inputs}", markup=False)
+    warnings = lint(recipe)
+    for warning in warnings:
+        _OUT.print(f"warning: {warning}", markup=False)
+    _OUT.print(f"{parsed.recipe}: {len(nodes)} stages, no errors, {len(warnings)} warnings", markup=False)
+    return 0
+
+
+def _ops(parsed: argparse.Namespace) -> int:
+    """List what a recipe may name, or show one operator or stage with every setting, its type, default and meaning."""
+    from pipelines.describe import describe_one, list_all
+
+    if parsed.action == "show" and not parsed.name:
+        raise SettingsError("danlu ops show needs the NAME of an operator or stage; `danlu ops` lists them")
+    if parsed.action == "list" and parsed.name:
+        raise SettingsError(f"did you mean `danlu ops show {parsed.name}`?")
+    for line in describe_one(parsed.name) if parsed.name else list_all():
+        _OUT.print(line, markup=False)
+    return 0
+
+
+def _report(parsed: argparse.Namespace) -> int:
+    """Write report.html of a run again from its manifests, print the table and the path."""
+    from pipelines.report.build import build_report
+    from pipelines.report.summary import summary_table
+
+    if not storage.exists(storage.join(parsed.directory, "run.json")):
+        raise FileNotFoundError(f"{parsed.directory} is no run: it has no run.json (a run is e.g. runs/quickstart)")
+    report = build_report(storage.absolute(parsed.directory, os.getcwd()))
+    _OUT.print(summary_table(storage.absolute(parsed.directory, os.getcwd())))
+    _OUT.print(report, markup=False)
+    return 0
+
+
+def _trace(parsed: argparse.Namespace) -> int:
+    """Tell what became of one row: kept, rejected (by what, why), removed as duplicate of which, packed where, seen when."""
+    import json
+
+    from pipelines.trace import trace
+
+    events = trace(storage.absolute(parsed.directory, os.getcwd()), parsed.id)
+    if parsed.json:
+        _OUT.print(json.dumps({"id": parsed.id, "events": [event.__dict__ for event in events]}, ensure_ascii=False), markup=False)
+    else:
+        for event in events:
+            _OUT.print(f"{event.stage:<16} {event.what:<12} {event.detail}", markup=False)
+    if not events:
+        raise FileNotFoundError(f"no stage of {parsed.directory} knows a row with id {parsed.id!r}")
+    return 0
+
+
+def _submit(parsed: argparse.Namespace) -> int:
+    """Ship this checkout and a recipe to a cluster, run it there as a Ray job, follow its logs, return its exit code."""
+    from cluster.jobs import submit
+    from pipelines.recipe import load_recipe
+
+    load_recipe(parsed.recipe)
+    extra = ["--workers", str(parsed.workers), "--address", "auto"]
+    if parsed.limit is not None:
+        extra += ["--limit", str(parsed.limit)]
+    return submit(
+        parsed.recipe,
+        parsed.address,
+        working_dir=parsed.working_dir,
+        arguments=extra,
+        wait=not parsed.no_wait,
+        runs=parsed.runs,
+    )

@@ -1,0 +1,68 @@
+"""What a run tells while it goes: live bars on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import threading
+import time
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+_LINE_EVERY_S = 15.0
+
+
+class Display:
+    """Progress of several stages at once. Safe to call from the stages' threads."""
+
+    def __init__(self, console: Console | None = None) -> None:
+        self.console = console or Console(stderr=True, highlight=False, soft_wrap=True)
+        self._lock = threading.Lock()
+        self._tasks: dict[str, Any] = {}
+        self._told: dict[str, float] = {}
+        self._began = time.monotonic()
+        self._bars: Progress | None = None
+
+    def __enter__(self) -> Display:
+        if self.console.is_terminal:
+            self._bars = Progress(
+                SpinnerColumn(),
+                TextColumn("{task.fields[stage]:<14}", markup=False),
+                BarColumn(bar_width=28),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[note]}", markup=False),
+                TimeElapsedColumn(),
+                console=self.console,
+            )
+            self._bars.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bars is not None:
+            self._bars.stop()
+            self._bars = None
+
+    def line(self, text: str) -> None:
+        """One line, with the seconds since the start."""
+        self.console.print(f"[{time.monotonic() - self._began:6.1f} s] {text}", markup=False)
+
+    def stage(self, name: str, text: str) -> None:
+        """A stage's change of state: always told."""
+        with self._lock:
+            if self._bars is not None and name in self._tasks and text.startswith(("done", "FAILED")):
+                self._bars.remove_task(self._tasks.pop(name))
+        self.line(f"{name}: {text}")
+
+    def progress(self, name: str, done: int, total: int, note: str) -> None:
+        """How far a stage is; on a terminal a bar, elsewhere a line every 15 seconds at most."""
+        with self._lock:
+            if self._bars is not None:
+                if name not in self._tasks:
+                    self._tasks[name] = self._bars.add_task(name, total=total, stage=name, note=note)
+                self._bars.update(self._tasks[name], completed=done, total=total, note=note)
+                return
+            now = time.monotonic()
+            if now - self._told.setdefault(name, now) < _LINE_EVERY_S:
+                return
+            self._told[name] = now
+        self.line(f"{name}: {done:,} of {total:,} {note}")

@@ -1,0 +1,366 @@
+"""Runs a plan: stages in the order their inputs allow, beside each other where they use different resources.
+
+The runner holds no rows. Each stage runs in a thread of the driver that waits on Ray; what a stage leaves behind is its
+shard directory, and a directory with a manifest is never touched again. After a crash the same command finds the
+finished stages by fingerprint and each unfinished stage goes on from its committed units.
+"""
+
+from __future__ import annotations
+
+import datetime
+import errno
+import fcntl
+import json
+import os
+import platform
+import shlex
+import socket
+import sys
+import threading
+import time
+import traceback
+from dataclasses import dataclass, field
+from typing import IO, Any
+
+import psutil
+
+from cluster import connect, storage
+from operators import shards
+from operators.config import SettingsError
+from operators.ledger import LedgerError
+from operators.stage import Cancelled, StageContext
+from pipelines.graph import Node, plan
+from pipelines.progress import Display
+from pipelines.recipe import Recipe
+
+#: Stages of one kind of resource run one after the other, so that they do not fight for the same cores.
+_AT_ONCE = {"cpu": 1, "generate": 1, "train": 1}
+
+
+class RunError(RuntimeError):
+    """A stage failed; the message says which, why, and how to go on."""
+
+
+@dataclass
+class Options:
+    """What the command line sets for a run and what never changes a result."""
+
+    runs: str = "runs"
+    limit: int | None = None
+    workers: int = 2
+    address: str | None = None
+    cpus: int | None = None
+    base_directory: str = field(default_factory=os.getcwd)
+    command: str = ""
+
+
+class Run:
+    """One run of a recipe. `execute` returns the run's directory; `stop` may be called from a signal handler."""
+
+    def __init__(self, recipe: Recipe, text: str, options: Options, display: Display) -> None:
+        self.recipe, self.text, self.options, self.display = recipe, text, options, display
+        runs = storage.absolute(options.runs, options.base_directory)
+        self.directory = storage.join(runs, recipe.name if options.limit is None else f"{recipe.name}-limit-{options.limit}")
+        self.cache_directory = storage.join(runs, ".cache")
+        self.cancelled = threading.Event()
+        self._lock = threading.Lock()
+        self._changed = threading.Condition(self._lock)
+        self._status: dict[str, str] = {}
+        self._seconds: dict[str, float] = {}
+        self._started: dict[str, float] = {}
+        self._reused: set[str] = set()
+        self._failures: dict[str, str] = {}
+        self._began = time.time()
+        self.nodes: list[Node] = []
+        self._services = Services(self)
+
+    def execute(self) -> str:
+        """Run everything that is not done. Raises SettingsError, FileNotFoundError, OSError, RunError or Cancelled."""
+        self.nodes = plan(self.recipe, self.directory, self.options.base_directory, self.options.limit)
+        with hold(self.directory):
+            for node in self.nodes:
+                done = storage.exists(storage.join(node.directory, "manifest.json"))
+                self._status[node.name] = "done" if done else "pending"
+                if done:
+                    self._reused.add(node.name)
+            self._record()
+            pending = [node for node in self.nodes if self._status[node.name] == "pending"]
+            for node in self.nodes:
+                if node.name in self._reused:
+                    self.display.stage(node.name, "done before")
+            if pending:
+                self.display.line("starting Ray" if self.options.address is None else f"joining Ray at {self.options.address}")
+                connect.connect(address=self.options.address, cpus=self.options.cpus)
+                try:
+                    self._services.start_early(pending)
+                    self._schedule()
+                finally:
+                    self._services.stop(graceful=not self.cancelled.is_set())
+            self._record()
+        if self.cancelled.is_set():
+            raise Cancelled("stopped")
+        if self._failures:
+            raise RunError("\n".join(self._failures.values()))
+        return self.directory
+
+    def stop(self) -> None:
+        """Ask every stage to stop at its next commit."""
+        self.cancelled.set()
+
+    def _schedule(self) -> None:
+        threads: list[threading.Thread] = []
+        while True:
+            with self._lock:
+                if all(status not in ("pending", "running") for status in self._status.values()):
+                    break
+                if not self.cancelled.is_set():
+                    for node in self._startable():
+                        self._status[node.name] = "running"
+                        self._started[node.name] = time.time()
+                        thread = threading.Thread(target=self._run_stage, args=(node,), name=f"stage {node.name}", daemon=True)
+                        threads.append(thread)
+                        thread.start()
+                if "running" not in self._status.values():
+                    break
+                self._changed.wait(timeout=0.5)
+            if self.cancelled.is_set():
+                for thread in threads:
+                    thread.join(timeout=10)
+                break
+            self._services.stop_unneeded(self._remaining("generate"), self._remaining("train"))
+        self._record()
+
+    def _remaining(self, resource: str) -> bool:
+        return any(
+            self._status[node.name] in ("pending", "running") and node.stage.resource == resource
+            for node in self.nodes
+            if not self._blocked(node)
+        )
+
+    def _blocked(self, node: Node) -> bool:
+        """True when an input of the stage failed, directly or further up."""
+        by_name = {other.name: other for other in self.nodes}
+        return any(self._status[name] == "failed" or self._blocked(by_name[name]) for name in node.inputs)
+
+    def _startable(self) -> list[Node]:
+        running = [node.stage.resource for node in self.nodes if self._status[node.name] == "running"]
+        found: list[Node] = []
+        for node in self.nodes:
+            if self._status[node.name] != "pending" or any(self._status[name] != "done" for name in node.inputs):
+                continue
+            if running.count(node.stage.resource) < _AT_ONCE[node.stage.resource]:
+                running.append(node.stage.resource)
+                found.append(node)
+        return found
+
+    def _run_stage(self, node: Node) -> None:
+        self.display.stage(node.name, "started")
+        message = ""
+        try:
+            storage.make_directory(node.directory)
+            node.stage.run(self._context(node))
+            if not storage.exists(storage.join(node.directory, "manifest.json")):
+                raise RunError("the stage ended without writing its manifest")
+            status = "done"
+        except Cancelled:
+            status = "pending"
+        except BaseException as error:  # noqa: BLE001 - a stage's failure is recorded and told, whatever it is
+            status = "pending" if self.cancelled.is_set() else "failed"
+            message = explain(error)
+        seconds = time.time() - self._started[node.name]
+        with self._lock:
+            self._status[node.name] = status
+            self._seconds[node.name] = seconds
+            if status == "failed":
+                self._failures[node.name] = f"stage {node.name} ({node.stage.kind}) failed: {message}"
+            self._changed.notify_all()
+        if status == "done":
+            self._note_seconds(node, seconds)
+            self.display.stage(node.name, f"done in {seconds:.0f} s: {account(node.directory)}")
+        elif status == "failed":
+            self.display.stage(node.name, f"FAILED: {message}")
+        self._record()
+
+    def _context(self, node: Node) -> StageContext:
+        by_name = {other.name: other for other in self.nodes}
+        return StageContext(
+            stage=node.name,
+            kind=node.stage.kind,
+            directory=node.directory,
+            fingerprint=node.fingerprint,
+            config=node.config,
+            inputs={name: by_name[name].directory for name in node.inputs},
+            seed=self.recipe.seed,
+            limit=self.options.limit,
+            workers=self.options.workers,
+            cache_directory=self.cache_directory,
+            base_directory=self.options.base_directory,
+            progress=lambda done, total, note: self.display.progress(node.name, done, total, note),
+            log=lambda line: self.display.stage(node.name, line),
+            cancelled=self.cancelled,
+            services={"engine": self._services.engine, "train": self._services.train_group},
+        )
+
+    def _note_seconds(self, node: Node, seconds: float) -> None:
+        """Wall time of the stage as the driver saw it, beside what the stage measured itself."""
+        timings = shards.load_timings(node.directory)
+        data = {**timings, "wall_seconds": seconds, "started": self._started[node.name]}
+        storage.write_bytes(storage.join(node.directory, "timings.json"), json.dumps(data, indent=1, sort_keys=True).encode())
+
+    def _record(self) -> None:
+        """Write run.json: what the report and `danlu trace` start from."""
+        with self._lock:
+            seconds = {
+                node.name: self._seconds.get(node.name, shards.load_timings(node.directory).get("wall_seconds"))
+                for node in self.nodes
+            }
+            record = {
+                "recipe": self.recipe.name,
+                "recipe_text": self.text,
+                "seed": self.recipe.seed,
+                "limit": self.options.limit,
+                "order": [node.name for node in self.nodes],
+                "stages": {
+                    node.name: {
+                        "kind": node.stage.kind,
+                        "directory": f"{node.name}/{node.fingerprint}",
+                        "inputs": list(node.inputs),
+                        "status": self._status[node.name],
+                        "seconds": seconds[node.name],
+                        "reused": node.name in self._reused,
+                    }
+                    for node in self.nodes
+                },
+                "started": datetime.datetime.fromtimestamp(self._began, datetime.UTC).isoformat(timespec="seconds"),
+                "seconds": time.time() - self._began,
+                "machine": {
+                    "cpus": os.cpu_count(),
+                    "memory_bytes": psutil.virtual_memory().total,
+                    "gpus": connect.gpu_count(),
+                    "python": platform.python_version(),
+                    "platform": platform.platform(),
+                },
+                "command": self.options.command,
+                "message": "\n".join(self._failures.values()) or ("stopped by the user" if self.cancelled.is_set() else None),
+            }
+            storage.write_bytes(storage.join(self.directory, "run.json"), json.dumps(record, indent=1, ensure_ascii=False).encode())
+
+
+class Services:
+    """What stages share and what is dear to start: generation engines and the group of training workers."""
+
+    def __init__(self, run: Run) -> None:
+        self._run = run
+        self._lock = threading.Lock()
+        self._engines: dict[str, Any] = {}
+        self._group: Any = None
+
+    def start_early(self, pending: list[Node]) -> None:
+        """Begin loading engines while the corpus stages run: a start takes minutes and needs no input."""
+        for node in pending:
+            settings = getattr(node.stage, "generator", None)
+            if settings is not None:
+                self.engine(settings)
+
+    def engine(self, settings: Any) -> Any:
+        """The engine of these settings, started on first use."""
+        from operators.synthesis.engine import start_engine
+
+        key = settings.model_dump_json()
+        with self._lock:
+            if key not in self._engines:
+                self._engines[key] = start_engine(settings, self._run.cache_directory)
+            return self._engines[key]
+
+    def train_group(self) -> Any:
+        """The training workers, started on first use."""
+        from train.session import TrainGroup
+
+        with self._lock:
+            if self._group is None:
+                self._group = TrainGroup(
+                    workers=self._run.options.workers, storage_path=storage.join(self._run.directory, ".train")
+                )
+                self._group.start()
+            return self._group
+
+    def stop_unneeded(self, generate: bool, train: bool) -> None:
+        """Give back what no remaining stage uses, so that the others have the cores and the memory."""
+        with self._lock:
+            if not generate and self._engines:
+                for engine in self._engines.values():
+                    engine.stop()
+                self._engines = {}
+            if not train and self._group is not None:
+                self._group.stop()
+                self._group = None
+
+    def stop(self, graceful: bool) -> None:
+        if graceful:
+            self.stop_unneeded(False, False)
+        connect.disconnect()
+
+
+class hold:
+    """One run at a time on a run's directory: the second is told who holds it. Local directories only."""
+
+    def __init__(self, directory: str) -> None:
+        self._directory = directory
+        self._file: IO[str] | None = None
+
+    def __enter__(self) -> None:
+        storage.make_directory(self._directory)
+        if storage.is_remote(self._directory):
+            return
+        self._file = open(storage.join(self._directory, ".lock"), "a+", encoding="utf-8")
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._file.seek(0)
+            holder = self._file.read().strip() or "another process"
+            self._file.close()
+            raise SettingsError(f"{self._directory} is in use by {holder}; wait for it, or choose another --runs") from None
+        self._file.truncate(0)
+        self._file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        self._file.flush()
+
+    def __exit__(self, *_: object) -> None:
+        if self._file is not None:
+            self._file.close()
+
+
+def explain(error: BaseException) -> str:
+    """An error as one message a user can act on: the cause rather than Ray's wrapping of it."""
+    cause: BaseException = error
+    while True:
+        inner = getattr(cause, "cause", None) or cause.__cause__
+        if not isinstance(inner, BaseException) or inner is cause:
+            break
+        cause = inner
+    if (isinstance(cause, OSError) and cause.errno == errno.ENOSPC) or "No space left on device" in str(cause):
+        return f"the disk is full ({cause}); free space and run the same command again: it goes on where it stopped"
+    if isinstance(cause, SettingsError | LedgerError | FileNotFoundError | PermissionError | RunError):
+        return str(cause)
+    if os.environ.get("DANLU_TRACEBACK"):
+        traceback.print_exception(error, file=sys.stderr)
+    return f"{type(cause).__name__}: {cause}"
+
+
+def account(directory: str) -> str:
+    """`in 10, kept 8, rejected 2` of a finished stage."""
+    ledger = shards.load_manifest(directory).ledger
+    words = [("in", ledger.rows_in), ("created", ledger.created), ("kept", ledger.kept)]
+    words += [("rejected", ledger.rejected.total()), ("quarantined", ledger.quarantined)]
+    return ", ".join(f"{word} {count:,}" for word, count in words if count or word == "kept")
+
+
+def resume_command(options: Options, recipe_path: str) -> str:
+    """The command that goes on."""
+    pieces = ["danlu", "run", recipe_path]
+    if options.runs != "runs":
+        pieces += ["--runs", options.runs]
+    if options.limit is not None:
+        pieces += ["--limit", str(options.limit)]
+    if options.address is not None:
+        pieces += ["--address", options.address]
+    return shlex.join(pieces)
