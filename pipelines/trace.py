@@ -125,7 +125,8 @@ def _packed(name: str, directory: str, manifest: shards.Manifest, row_id: str) -
                 if document == row_id:
                     start, stop = values["cu_seqlens"][piece : piece + 2]
                     offset = values["offsets"][piece]
-                    detail = f"sequence {values['sequence']} tokens {start}..{stop - 1} (its tokens {offset}..{offset + stop - start - 1})"
+                    own = f"{offset}..{offset + stop - start - 1}"
+                    detail = f"sequence {values['sequence']} tokens {start}..{stop - 1} (its tokens {own})"
                     events.append(Event(name, "packed", detail))
     return events, sequences
 

@@ -1,0 +1,29 @@
+# The two commands that matter: `make quickstart` and `make test`. Each does all of its own set-up.
+DEVICE ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && echo gpu || echo cpu)
+VENV := .venv/bin
+
+.PHONY: quickstart test test-slow lint setup lock clean
+
+setup:
+	@bash requirements/install.sh $(DEVICE)
+
+quickstart: setup
+	@$(VENV)/danlu run examples/quickstart.yaml
+
+test: setup lint
+	@$(VENV)/python -m pytest -q -m "not slow"
+
+test-slow: setup
+	@$(VENV)/python -m pytest -q -m slow
+
+lint: setup
+	@$(VENV)/ruff check .
+	@$(VENV)/ruff format --check .
+	@$(VENV)/mypy
+
+# Writes the hashed requirement lists again after pyproject.toml changed.
+lock:
+	@bash requirements/lock.sh
+
+clean:
+	rm -rf .venv build dist *.egg-info
