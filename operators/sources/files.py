@@ -1,0 +1,60 @@
+"""Whole files as documents: HTML pages and plain texts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from operators.sources.batches import CONTENT_SCHEMA, TEXT_SCHEMA, BadRow, BatchBuilder, RowRange, SourceBatch, excerpt
+from operators.sources.streams import BrokenStream, read_bounded
+from operators.tables import stable_id
+
+if TYPE_CHECKING:
+    from operators.sources.units import ReadSettings, Unit
+
+
+def read_html_files(unit: Unit, read: ReadSettings, rows: RowRange, batch_rows: int, batch_bytes: int) -> Iterator[SourceBatch]:
+    """Saved pages, a document a file; compressed ones are decompressed."""
+
+    def parse(relative: str, source: str, data: bytes) -> tuple[Any, ...]:
+        kind = "application/xhtml+xml" if ".xhtml" in relative.lower() else "text/html"
+        return stable_id(relative), data, kind, None, source, None
+
+    yield from _read(unit, read, rows, BatchBuilder(CONTENT_SCHEMA, batch_rows, batch_bytes), parse)
+
+
+def read_text_files(unit: Unit, read: ReadSettings, rows: RowRange, batch_rows: int, batch_bytes: int) -> Iterator[SourceBatch]:
+    """Plain texts in UTF-8, a document a file."""
+
+    def parse(relative: str, source: str, data: bytes) -> tuple[Any, ...]:
+        return stable_id(relative), data.decode("utf-8-sig"), source, None
+
+    yield from _read(unit, read, rows, BatchBuilder(TEXT_SCHEMA, batch_rows, batch_bytes), parse)
+
+
+def _read(unit: Unit, read: ReadSettings, rows: RowRange, builder: BatchBuilder, parse: Any) -> Iterator[SourceBatch]:
+    from operators.sources.units import default_source
+
+    for row, (path, relative) in enumerate(unit.files):
+        if rows.past(row):
+            break
+        if not rows.wants(row):
+            continue
+        problem, data = ("", ""), b""
+        try:
+            content = read_bounded(path, read.max_text_bytes)
+            if content is None:
+                problem = ("too_long", f"more than read.max_text_bytes {read.max_text_bytes}")
+            else:
+                data = content
+                builder.add(row, parse(relative, read.source or default_source(relative), data), len(data))
+        except BrokenStream as broken:
+            problem = (broken.reason, str(broken))
+        except UnicodeDecodeError as error:
+            problem = ("invalid_utf8", f"byte 0x{data[error.start]:02x} at offset {error.start} of the file")
+        if problem[0]:
+            builder.add_bad(BadRow(row, stable_id(relative), relative, *problem, raw=excerpt(data)))
+        if builder.full:
+            yield builder.take()
+    if not builder.empty:
+        yield builder.take()

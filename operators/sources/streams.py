@@ -1,0 +1,165 @@
+"""Byte streams out of compressed files, read in bounded blocks, that deliver everything before a break and then name it."""
+
+from __future__ import annotations
+
+import bz2
+import lzma
+import zlib
+from collections.abc import Iterator
+from typing import Any
+
+import pyarrow as pa
+import zstandard
+
+from cluster import storage
+
+BLOCK_BYTES = 1 << 20
+
+
+class BrokenStream(Exception):
+    """A compressed stream ends early or cannot be decoded. Everything before the break has been delivered."""
+
+    def __init__(self, problem: str, reason: str, compressed_offset: int, offset: int) -> None:
+        super().__init__(f"{problem} near byte {compressed_offset} of the file, after {offset} decompressed bytes")
+        self.reason = reason  # truncated or corrupt
+        self.offset = offset
+
+
+def read_blocks(path: str) -> Iterator[bytes]:
+    """The decompressed content of a whole file, by its name's ending, in blocks of about 1 MiB.
+
+    Raises BrokenStream where a compressed file is truncated or corrupt.
+    """
+    with storage.open_input(path) as stream:
+        lowered = path.lower()
+        if lowered.endswith(".gz"):
+            yield from _members(stream, "gzip", _Zlib)
+        elif lowered.endswith(".bz2"):
+            yield from _members(stream, "bzip2", bz2.BZ2Decompressor)
+        elif lowered.endswith(".xz"):
+            yield from _members(stream, "xz", lzma.LZMADecompressor)
+        elif lowered.endswith((".zst", ".lz4")):
+            yield from _arrow_blocks(path, "zstd" if lowered.endswith(".zst") else "lz4")
+        else:
+            while block := stream.read(BLOCK_BYTES):
+                yield block
+
+
+class _Zlib:
+    """zlib's gzip decoder with the interface of bz2's: input that did not fit into `max_length` is kept inside."""
+
+    def __init__(self) -> None:
+        self._inner = zlib.decompressobj(wbits=31)
+
+    @property
+    def eof(self) -> bool:
+        return self._inner.eof
+
+    @property
+    def unused_data(self) -> bytes:
+        return self._inner.unused_data
+
+    @property
+    def needs_input(self) -> bool:
+        return not self._inner.unconsumed_tail
+
+    def decompress(self, data: bytes, max_length: int = -1) -> bytes:
+        data = self._inner.unconsumed_tail + data
+        before = self._inner.copy()
+        try:
+            return self._inner.decompress(data, max_length)
+        except zlib.error as error:
+            raise _ZlibError(str(error), _until_error(before, data)) from None
+
+
+class _ZlibError(ValueError):
+    """`decoded` is what came out of the failing piece before the error."""
+
+    def __init__(self, problem: str, decoded: bytes) -> None:
+        super().__init__(problem)
+        self.decoded = decoded
+
+
+def _until_error(decoder: Any, data: bytes) -> bytes:
+    """What a decoder yields of `data` before the byte that it fails at: zlib itself drops it with the error."""
+    decoded = []
+    for position in range(len(data)):
+        try:
+            decoded.append(decoder.decompress(data[position : position + 1]))
+        except zlib.error:
+            break
+    return b"".join(decoded)
+
+
+def _members(stream: pa.NativeFile, name: str, make: Any) -> Iterator[bytes]:
+    """Concatenated members of a compressed file; zero padding after the last is allowed, as in gzip(1)."""
+    offset, pending, decoder = 0, b"", None
+    while True:
+        if not pending and (decoder is None or decoder.needs_input):
+            pending = stream.read(BLOCK_BYTES)
+            if not pending:
+                if decoder is not None:
+                    raise BrokenStream(f"{name} stream is truncated", "truncated", stream.tell(), offset)
+                return
+        if decoder is None:
+            if not pending.strip(b"\0"):
+                pending = b""
+                continue
+            decoder = make()
+        consumed = stream.tell() - len(pending)
+        try:
+            piece, pending = pending[:65536], pending[65536:]
+            block = decoder.decompress(piece, BLOCK_BYTES)
+        except _ZlibError as error:
+            if error.decoded:
+                offset += len(error.decoded)
+                yield error.decoded
+            raise BrokenStream(f"{name} stream is corrupt ({error})", "corrupt", consumed, offset) from None
+        except (OSError, lzma.LZMAError) as error:
+            raise BrokenStream(f"{name} stream is corrupt ({error})", "corrupt", consumed, offset) from None
+        offset += len(block)
+        if block:
+            yield block
+        if decoder.eof:
+            pending = decoder.unused_data + pending
+            decoder = None
+
+
+def _arrow_blocks(path: str, codec: str) -> Iterator[bytes]:
+    """zstd and lz4 through Arrow; after an error, what zstandard can still decode past the last whole block."""
+    offset = 0
+    with storage.open_input(path) as raw:
+        try:
+            with pa.CompressedInputStream(raw, codec) as stream:
+                while block := stream.read(BLOCK_BYTES):
+                    offset += len(block)
+                    yield block
+            return
+        except OSError as error:
+            problem = str(error)
+    reason = "truncated" if "runcated" in problem else "corrupt"
+    if codec == "zstd":
+        with storage.open_input(path) as raw:
+            reader = zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True)
+            position = 0
+            try:
+                while block := reader.read(65536):
+                    fresh = block[max(0, offset - position) :]
+                    position += len(block)
+                    if fresh:
+                        offset += len(fresh)
+                        yield fresh
+            except zstandard.ZstdError as error:
+                problem = str(error)
+    raise BrokenStream(f"{codec} stream is {reason} ({problem})", reason, storage.size(path), offset)
+
+
+def read_bounded(path: str, limit: int) -> bytes | None:
+    """The decompressed content of a small file, or None if it is longer than `limit` bytes. Raises BrokenStream."""
+    pieces, size = [], 0
+    for block in read_blocks(path):
+        pieces.append(block)
+        size += len(block)
+        if size > limit:
+            return None
+    return b"".join(pieces)
