@@ -15,7 +15,8 @@ from operators.chain import Chain, describe
 from operators.config import parse
 from operators.dispatch import run_units
 from operators.ledger import Ledger, merge_stats
-from operators.sources.units import BadRow, ReadSettings, Unit, plan_units, read_unit
+from operators.sources.batches import BadRow
+from operators.sources.units import ReadSettings, Unit, plan_units, read_unit
 from operators.stage import StageContext
 from operators.supervise import Limits, Report, Task
 
@@ -43,7 +44,6 @@ def run_corpus(
             "directory": context.directory,
             "key": keys[unit.index],
             "batch_rows": batch_rows,
-            "limit": context.limit,
         }
         for unit in units
         if unit.index not in done and unit.index not in adopted
@@ -90,11 +90,10 @@ def run_unit(task: Task, report: Report) -> dict[str, Any]:
     ledger, stats = Ledger(), dict[str, Any]()
     report.alive()
     aside = np.array(sorted(task.set_aside), np.int64)
-    for batch in read_unit(unit, read, batch_rows=given["batch_rows"]):
+    first, last = task.probe or (0, None)
+    for batch in read_unit(unit, read, start_row=first, stop_row=last, batch_rows=given["batch_rows"]):
+        report.alive()
         table, rows = batch.table, batch.rows
-        if task.probe is not None:
-            inside = (rows >= task.probe[0]) & (rows < task.probe[1])
-            table, rows = table.filter(pa.array(inside)), rows[inside]
         guilty = np.isin(rows, aside)
         healthy, healthy_rows = (table.filter(pa.array(~guilty)), rows[~guilty]) if guilty.any() else (table, rows)
         if healthy.num_rows:
