@@ -1,0 +1,76 @@
+"""The plain back end: the same signatures made by datasketch, one document at a time. Slow; a reference and a choice."""
+
+from __future__ import annotations
+
+import datasketch
+import numpy as np
+import pyarrow as pa
+
+from operators.dedup.normalise import AUTO, CHARACTERS, WORDS, code_table, compose, is_unspaced, normalised_tokens
+from operators.dedup.signatures import Signatures, units_of
+
+_MASK = (1 << 64) - 1
+
+
+def shingle_hash32(shingle: bytes) -> int:
+    """The `hashfunc` with which datasketch makes `fast` signatures. `shingle`: token bytes, each ended by a 0xFF byte."""
+    combined = None
+    for token in shingle.split(b"\xff")[:-1]:
+        h = 0x9E3779B97F4A7C15
+        for character in token.decode("utf-8"):
+            h = ((h ^ ord(character)) * 0x2127599BF4325C37) & _MASK
+        h = ((h ^ (h >> 32)) * 0xFF51AFD7ED558CCD) & _MASK
+        h ^= h >> 29
+        combined = h if combined is None else (combined * 0xD6E8FEB86659FD93 + h) & _MASK
+    if combined is None:
+        raise ValueError("a shingle has at least one token ended by 0xFF")
+    combined = ((combined ^ (combined >> 32)) * 0xFF51AFD7ED558CCD) & _MASK
+    return (combined ^ (combined >> 32)) & 0xFFFFFFFF
+
+
+def shingles(text: str, words: int = 5, characters: int = 5, unit: int = AUTO, keep_digits: bool = False) -> list[tuple[str, ...]]:
+    """The shingles of a text in order, each a tuple of its tokens."""
+    unit = resolve_unit(text, unit)
+    tokens, n = normalised_tokens(text, unit, keep_digits), characters if unit == CHARACTERS else words
+    return [tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1)]
+
+
+def resolve_unit(text: str, unit: int = AUTO) -> int:
+    """WORDS or CHARACTERS, deciding AUTO by the scripts of the text."""
+    if unit != AUTO:
+        return unit
+    data, offsets = compose(pa.array([text], pa.large_string()))
+    return CHARACTERS if is_unspaced(data, 0, int(offsets[1]), code_table()) else WORDS
+
+
+def sign_with_datasketch(
+    texts: pa.Array | pa.ChunkedArray,
+    count: int = 112,
+    seed: int = 1,
+    words: int = 5,
+    characters: int = 5,
+    unit: int = AUTO,
+    langs: pa.Array | pa.ChunkedArray | None = None,
+    keep_digits: bool = False,
+    hashing: str = "fast",
+) -> Signatures:
+    """What `signatures.sign` returns, computed by `datasketch.MinHash`."""
+    units = units_of(langs, len(texts), unit)
+    values, signed = np.full((len(texts), count), 0xFFFFFFFF, np.uint32), np.zeros(len(texts), np.bool_)
+    empty = datasketch.MinHash(count, seed)
+    for row, text in enumerate(texts.to_pylist()):
+        resolved = resolve_unit(text or "", int(units[row]))
+        found = shingles(text or "", words, characters, resolved, keep_digits)
+        if not found:
+            continue
+        if hashing == "fast":
+            encoded = [b"".join(token.encode() + b"\xff" for token in shingle) for shingle in found]
+            minhash = datasketch.MinHash(
+                count, seed, hashfunc=shingle_hash32, permutations=empty.permutations, scheme=empty.scheme
+            )
+        else:
+            encoded = [("" if resolved == CHARACTERS else " ").join(shingle).encode() for shingle in found]
+            minhash = datasketch.MinHash(count, seed, permutations=empty.permutations, scheme=empty.scheme)
+        minhash.update_batch(encoded)
+        values[row], signed[row] = minhash.hashvalues, True
+    return Signatures(values, signed)
