@@ -1,0 +1,523 @@
+"""Word boundaries of a batch of texts, as offsets into its bytes. No Python object per word.
+
+Spaced scripts are split as spaCy's blank English pipeline does (whitespace, then prefixes, suffixes, exceptions and
+infixes; spacy/tokenizer.pyx and spacy/lang/punctuation.py, MIT), which is what Gopher's rules count in datatrove.
+Chinese is segmented by jieba, as for datatrove's `cmn_Hani`. A text with much kana is Japanese: each of its Han and kana
+characters is a word, and so is each base character (with its marks) of Thai, Lao, Khmer, Burmese and Tibetan.
+"""
+
+from __future__ import annotations
+
+import functools
+from importlib import resources
+
+import numba
+import numpy as np
+import rjieba
+
+from operators.text import characters
+from operators.text.characters import (
+    AFFIX,
+    ALPHA,
+    CURRENCY,
+    DIGIT,
+    HAN,
+    ICON,
+    KANA,
+    LOWER,
+    MARK,
+    PREFIX,
+    PUNCT_BEFORE_DOT,
+    QUOTE,
+    SPACE,
+    SYMBOL,
+    TABLE_SIZE,
+    UNSPACED,
+    UPPER,
+)
+
+HAS_ALPHA = 1  # a word with a letter
+NOT_SYMBOL = 2  # a word with something other than punctuation
+
+_BASE = np.uint64(0x9E3779B97F4A7C15)  # odd, so that the polynomial hash of a concatenation composes mod 2**64
+_ONE = np.uint64(1)
+_EXCEPTION_BYTES = 24
+_UNITS = (
+    "km km² km³ m m² m³ dm dm² dm³ cm cm² cm³ mm mm² mm³ ha µm nm yd in ft kg g mg µg t lb oz m/s km/h kmh mph hPa Pa mbar mb MB"
+    " kb KB gb GB tb TB T G M K % км км² км³ м м² м³ дм дм² дм³ см см² см³ мм мм² мм³ нм кг г мг м/с км/ч кПа Па мбар Кб КБ кб"
+    " Мб МБ мб Гб ГБ гб Тб ТБ тб"
+)
+
+
+@numba.njit(cache=True, nogil=True, inline="always")
+def mix(value):  # type: ignore[no-untyped-def]
+    """Spread a 64-bit hash over all bits (the finaliser of SplitMix64)."""
+    value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return value ^ (value >> np.uint64(31))
+
+
+@numba.njit(cache=True, nogil=True)
+def hash_bytes(data, start, end):  # type: ignore[no-untyped-def]
+    """Polynomial hash of bytes, mod 2**64."""
+    value = np.uint64(0)
+    for i in range(start, end):
+        value = value * _BASE + (np.uint64(data[i]) + _ONE)
+    return value
+
+
+def hash_text(text: str) -> int:
+    """`hash_bytes` of a string, for tables of words to look up."""
+    value = 0
+    for byte in text.encode():
+        value = (value * int(_BASE) + byte + 1) & 0xFFFFFFFFFFFFFFFF
+    return value
+
+
+@functools.cache
+def _exceptions() -> tuple[np.ndarray, np.ndarray]:
+    """Sorted hashes (uint64[n]) and the lengths in characters of up to four pieces (uint8[n, 4])."""
+    found: dict[int, list[int]] = {}
+    lines = resources.files(__package__).joinpath("english_exceptions.txt").read_text("utf-8").split("\n")
+    for line in lines:
+        if line and not line.startswith("# "):
+            pieces = line.split("\t")
+            if len("".join(pieces).encode()) <= _EXCEPTION_BYTES:
+                found[hash_text("".join(pieces))] = [len(piece) for piece in pieces]
+    hashes = np.array(sorted(found), np.uint64)
+    lengths = np.zeros((len(hashes), 4), np.uint8)
+    for row, key in enumerate(hashes):
+        pieces_of = found[int(key)]
+        lengths[row, : len(pieces_of)] = pieces_of
+    return hashes, lengths
+
+
+@functools.cache
+def _units() -> np.ndarray:
+    """Sorted hashes of the measuring units that are split off a number."""
+    return np.array(sorted({hash_text(unit) for unit in _UNITS.split()}), np.uint64)
+
+
+@numba.njit(cache=True, nogil=True)
+def find_sorted(table, key):  # type: ignore[no-untyped-def]
+    """Index of `key` in a sorted array, or -1."""
+    low, high = 0, len(table)
+    while low < high:
+        middle = (low + high) >> 1
+        if table[middle] < key:
+            low = middle + 1
+        else:
+            high = middle
+    if low < len(table) and table[low] == key:
+        return low
+    return -1
+
+
+@numba.njit(cache=True, nogil=True)
+def decode(data, start, end, points, where):  # type: ignore[no-untyped-def]
+    """Code points of one UTF-8 text into `points`, their byte positions into `where` (one more: the end). Returns the count."""
+    count, i = 0, start
+    while i < end:
+        first = np.int32(data[i])
+        where[count] = i
+        if first < 0x80:
+            points[count] = first
+            i += 1
+        elif first < 0xE0:
+            points[count] = ((first & 0x1F) << 6) | (np.int32(data[i + 1]) & 0x3F)
+            i += 2
+        elif first < 0xF0:
+            points[count] = ((first & 0x0F) << 12) | ((np.int32(data[i + 1]) & 0x3F) << 6) | (np.int32(data[i + 2]) & 0x3F)
+            i += 3
+        else:
+            points[count] = (
+                ((first & 0x07) << 18)
+                | ((np.int32(data[i + 1]) & 0x3F) << 12)
+                | ((np.int32(data[i + 2]) & 0x3F) << 6)
+                | (np.int32(data[i + 3]) & 0x3F)
+            )
+            i += 4
+        count += 1
+    where[count] = end
+    return count
+
+
+@numba.njit(cache=True, nogil=True, inline="always")
+def class_of(flags, point):  # type: ignore[no-untyped-def]
+    return flags[point] if point < TABLE_SIZE else np.uint32(0)
+
+
+@numba.njit(cache=True, nogil=True)
+def _is_chinese(points, count, flags):  # type: ignore[no-untyped-def]
+    """Han characters, and less than a tenth as much kana."""
+    han = kana = 0
+    for i in range(count):
+        if points[i] >= 0x3005:
+            bits = class_of(flags, points[i])
+            han += (bits & HAN) != 0
+            kana += (bits & KANA) != 0
+    return han > 0 and kana * 10 < han
+
+
+@numba.njit(cache=True, nogil=True)
+def _han_runs(data, starts, ends, flags, out):  # type: ignore[no-untyped-def]
+    """The runs of Han characters of the Chinese texts, each followed by a line feed, into `out`. Returns the bytes used."""
+    longest = 0
+    for row in range(len(starts)):
+        longest = max(longest, ends[row] - starts[row])
+    points, where = np.empty(longest + 1, np.int32), np.empty(longest + 1, np.int64)
+    used = 0
+    for row in range(len(starts)):
+        has_wide = False
+        for i in range(starts[row], ends[row]):
+            if data[i] >= 0xE3:
+                has_wide = True
+                break
+        if not has_wide:
+            continue
+        count = decode(data, starts[row], ends[row], points, where)
+        if not _is_chinese(points, count, flags):
+            continue
+        inside = False
+        for i in range(count):
+            if class_of(flags, points[i]) & HAN:
+                for j in range(where[i], where[i + 1]):
+                    out[used] = data[j]
+                    used += 1
+                inside = True
+            elif inside:
+                out[used] = 10
+                used += 1
+                inside = False
+        if inside:
+            out[used] = 10
+            used += 1
+    return used
+
+
+@numba.njit(cache=True, nogil=True)
+def _exception_at(data, where, low, high, hashes):  # type: ignore[no-untyped-def]
+    size = where[high] - where[low]
+    if size > _EXCEPTION_BYTES:
+        return -1
+    return find_sorted(hashes, hash_bytes(data, where[low], where[high]))
+
+
+@numba.njit(cache=True, nogil=True)
+def _prefix(points, bits, low, high):  # type: ignore[no-untyped-def]
+    """Length in characters of the prefix that is split off, or 0."""
+    c = points[low]
+    if c == 46 and low + 1 < high and points[low + 1] == 46:  # two dots or more
+        length = 2
+        while low + length < high and points[low + length] == 46:
+            length += 1
+        return length
+    if c == 43:  # a plus that is no sign
+        return 0 if low + 1 < high and bits[low + 1] & DIGIT else 1
+    if bits[low] & (AFFIX | PREFIX):
+        return 1
+    if c == 85 and low + 2 < high and points[low + 1] == 83 and points[low + 2] == 36:  # US$
+        return 3
+    if (c == 67 or c == 65) and low + 1 < high and points[low + 1] == 36:  # C$, A$
+        return 2
+    return 0
+
+
+@numba.njit(cache=True, nogil=True)
+def _suffix(data, where, points, bits, low, high, units):  # type: ignore[no-untyped-def]
+    """Length in characters of the longest suffix that is split off, or 0."""
+    last = points[high - 1]
+    flags = bits[high - 1]
+    if last == 46:
+        length = 1
+        while high - length > low and points[high - length - 1] == 46:
+            length += 1
+        if length >= 2:
+            return length
+        if high - 2 < low:
+            return 0
+        before = bits[high - 2]
+        if before & (DIGIT | LOWER | PUNCT_BEFORE_DOT):
+            return 1
+        if high - 3 >= low and before & UPPER and bits[high - 3] & UPPER:
+            return 1
+        if high - 3 >= low and points[high - 3] == 0xB0 and points[high - 2] in (67, 70, 75, 99, 102, 107):
+            return 1
+        return 0
+    if (last == 115 or last == 83) and high - 2 >= low and (points[high - 2] == 39 or points[high - 2] == 0x2019):
+        return 2
+    if last == 0x2026 and high - 2 >= low and points[high - 2] == 0x2026:
+        return 2
+    # a unit or a currency after a digit
+    for length in range(4, 0, -1):
+        if high - length - 1 >= low and bits[high - length - 1] & DIGIT:
+            if length == 1 and flags & CURRENCY:
+                return 1
+            if length == 3 and last == 36 and points[high - 2] == 83 and points[high - 3] == 85:
+                return 3
+            if length == 2 and last == 36 and (points[high - 2] == 67 or points[high - 2] == 65):
+                return 2
+            if length == 1 and last == 43:
+                return 1
+            if find_sorted(units, hash_bytes(data, where[high - length], where[high])) >= 0:
+                return length
+    return 1 if flags & AFFIX else 0
+
+
+@numba.njit(cache=True, nogil=True)
+def _infix(points, bits, low, i, high):  # type: ignore[no-untyped-def]
+    """Length in characters of the infix at position `i`, or 0."""
+    c = points[i]
+    if c == 46 and i + 1 < high and points[i + 1] == 46:
+        length = 2
+        while i + length < high and points[i + length] == 46:
+            length += 1
+        return length
+    if c == 0x2026 or bits[i] & ICON:
+        return 1
+    if i == low or i + 1 >= high:
+        return 0
+    before, after = bits[i - 1], bits[i + 1]
+    if c in (43, 45, 42, 94) and before & DIGIT and (after & DIGIT or points[i + 1] == 45):
+        return 1
+    if c == 46:
+        return 1 if before & (LOWER | QUOTE) and after & (UPPER | QUOTE) else 0
+    if c == 44:
+        return 1 if before & ALPHA and after & ALPHA else 0
+    if not before & (ALPHA | DIGIT):
+        return 0
+    if c in (45, 0x2013, 0x2014, 126):
+        if after & ALPHA:
+            return 1
+        if c == 45 and points[i + 1] == 45:
+            if i + 2 < high and bits[i + 2] & ALPHA:
+                return 2
+            if i + 3 < high and points[i + 2] == 45 and bits[i + 3] & ALPHA:
+                return 3
+        if c == 0x2014 and points[i + 1] == 0x2014 and i + 2 < high and bits[i + 2] & ALPHA:
+            return 2
+        return 0
+    if c in (58, 60, 62, 61, 47) and after & ALPHA:
+        return 1
+    return 0
+
+
+@numba.njit(cache=True, nogil=True)
+def _host_end(points, bits, start, high):  # type: ignore[no-untyped-def]
+    """Whether a host name with a top-level domain, an optional port and path fill [start, high)."""
+    i, label, dots = start, start, 0
+    while i < high:
+        c = points[i]
+        wide = 0xA1 <= c <= 0xFFFF
+        letter = (65 <= c <= 90) or (97 <= c <= 122) or (48 <= c <= 57) or wide
+        if letter or c == 45 or c == 95:
+            i += 1
+        elif c == 46:
+            if i == label or i - label > 64 or points[i - 1] in (45, 95) or points[label] in (45, 95):
+                return False
+            dots += 1
+            i += 1
+            label = i
+        else:
+            break
+    if dots == 0 or i - label < 2 or i - label > 63:
+        return False
+    for j in range(label, i):
+        if not bits[j] & LOWER:
+            return False
+    if i < high and points[i] == 58:
+        j = i + 1
+        while j < high and bits[j] & DIGIT:
+            j += 1
+        if not 2 <= j - i - 1 <= 5:
+            return False
+        i = j
+    return i == high or points[i] in (47, 63, 35)
+
+
+@numba.njit(cache=True, nogil=True)
+def _is_url(points, bits, low, high):  # type: ignore[no-untyped-def]
+    start, dot = low, False
+    for i in range(low, high):
+        dot |= points[i] == 46
+        if points[i] == 58 and i + 2 < high and points[i + 1] == 47 and points[i + 2] == 47 and start == low and i - low >= 2:
+            start = i + 3
+    if not dot:
+        return False
+    for i in range(low, start - 3):
+        if not (bits[i] & (ALPHA | DIGIT) or points[i] in (43, 45, 46, 95)):
+            start = low
+            break
+    if _host_end(points, bits, start, high):
+        return True
+    for i in range(high - 2, start, -1):  # noqa: SIM110 (compiled: no generators)
+        if points[i] == 64 and _host_end(points, bits, i + 1, high):
+            return True
+    return False
+
+
+@numba.njit(cache=True, nogil=True)
+def _emit(data, where, points, bits, low, high, words, out):  # type: ignore[no-untyped-def]
+    """Append the word of characters [low, high)."""
+    start, length, size, flags, hashes = out
+    has = np.uint8(0)
+    for i in range(low, high):
+        if bits[i] & ALPHA:
+            has |= HAS_ALPHA
+        if not bits[i] & SYMBOL:
+            has |= NOT_SYMBOL
+    start[words] = where[low]
+    length[words] = where[high] - where[low]
+    size[words] = high - low
+    flags[words] = has
+    hashes[words] = hash_bytes(data, where[low], where[high])
+    return words + 1
+
+
+@numba.njit(cache=True, nogil=True)
+def _emit_pieces(data, where, points, bits, low, high, pieces, words, out):  # type: ignore[no-untyped-def]
+    for k in range(4):
+        if pieces[k]:
+            words = _emit(data, where, points, bits, low, low + pieces[k], words, out)
+            low += pieces[k]
+    return words
+
+
+@numba.njit(cache=True, nogil=True)
+def _spaced(data, where, points, bits, low, high, words, out, hashes, pieces, units, suffixes):  # type: ignore[no-untyped-def]
+    """Split one run of non-space characters as spaCy's English tokenizer does."""
+    plain = True
+    for i in range(low, high):
+        if not bits[i] & ALPHA:
+            plain = False
+            break
+    if plain and high - low > 12:  # no exception is that long, no rule splits letters
+        return _emit(data, where, points, bits, low, high, words, out)
+    found, stripped = -1, 0
+    while low < high:
+        found = _exception_at(data, where, low, high, hashes)
+        if found >= 0 or plain:
+            break
+        before = high - low
+        prefix = _prefix(points, bits, low, high)
+        if prefix:
+            if low + prefix < high:
+                found = _exception_at(data, where, low + prefix, high, hashes)
+            if found >= 0:
+                words = _emit(data, where, points, bits, low, low + prefix, words, out)
+                low += prefix
+                break
+        suffix = _suffix(data, where, points, bits, low + prefix, high, units) if low + prefix < high else 0
+        if suffix and low < high - suffix:
+            found = _exception_at(data, where, low, high - suffix, hashes)
+            if found >= 0:
+                suffixes[stripped] = suffix
+                stripped += 1
+                high -= suffix
+                break
+        if prefix:
+            words = _emit(data, where, points, bits, low, low + prefix, words, out)
+            low += prefix
+        if suffix and low < high:
+            suffixes[stripped] = suffix
+            stripped += 1
+            high -= suffix
+        if high - low == before:
+            break
+    if low < high:
+        if found >= 0:
+            words = _emit_pieces(data, where, points, bits, low, high, pieces[found], words, out)
+        elif plain or _is_url(points, bits, low, high):
+            words = _emit(data, where, points, bits, low, high, words, out)
+        else:
+            begin, i = low, low
+            while i < high:
+                infix = _infix(points, bits, low, i, high)
+                if infix and i > begin:
+                    words = _emit(data, where, points, bits, begin, i, words, out)
+                    words = _emit(data, where, points, bits, i, i + infix, words, out)
+                    begin = i + infix
+                i += max(infix, 1)
+            if begin < high:
+                words = _emit(data, where, points, bits, begin, high, words, out)
+    for k in range(stripped - 1, -1, -1):
+        words = _emit(data, where, points, bits, high, high + suffixes[k], words, out)
+        high += suffixes[k]
+    return words
+
+
+@numba.njit(cache=True, nogil=True)
+def _split(data, starts, ends, table, cuts, hashes, pieces, units, out, word_offsets):  # type: ignore[no-untyped-def]
+    """Words of every text into the arrays of `out`; `cuts` are the lengths of the Chinese words, in order."""
+    longest = 0
+    for row in range(len(starts)):
+        longest = max(longest, ends[row] - starts[row])
+    points, where = np.empty(longest + 1, np.int32), np.empty(longest + 1, np.int64)
+    bits, suffixes = np.empty(longest + 1, np.uint32), np.empty(longest + 1, np.int32)
+    words, cut = 0, 0
+    for row in range(len(starts)):
+        word_offsets[row] = words
+        count = decode(data, starts[row], ends[row], points, where)
+        unspaced = HAN | KANA | UNSPACED
+        for i in range(count):
+            bits[i] = class_of(table, points[i])
+        chinese = _is_chinese(points, count, table)
+        i = 0
+        while i < count:
+            if bits[i] & SPACE:
+                i += 1
+                continue
+            if chinese and bits[i] & HAN:
+                words = _emit(data, where, points, bits, i, i + cuts[cut], words, out)
+                i += cuts[cut]
+                cut += 1
+                continue
+            begin = i
+            i += 1
+            if bits[begin] & unspaced:
+                while i < count and bits[i] & MARK:
+                    i += 1
+                words = _emit(data, where, points, bits, begin, i, words, out)
+                continue
+            while i < count and not bits[i] & (SPACE | unspaced):
+                i += 1
+            words = _spaced(data, where, points, bits, begin, i, words, out, hashes, pieces, units, suffixes)
+    word_offsets[len(starts)] = words
+    return words
+
+
+_JIEBA_BYTES = 1 << 20  # one call of the segmenter; bounds the Python strings that exist at once
+
+
+def _cut_han(data: np.ndarray, starts: np.ndarray, ends: np.ndarray) -> np.ndarray:
+    """Lengths in characters of the words of all Han runs, in order. A run's cut depends on the run alone."""
+    out = np.empty(2 * int((ends - starts).sum()) + 1, np.uint8)
+    used = _han_runs(data, starts, ends, characters.table(), out)
+    runs = out[:used].tobytes()
+    lengths: list[np.ndarray] = []
+    start = 0
+    while start < used:
+        end = used if used - start <= _JIEBA_BYTES else runs.find(b"\n", start + _JIEBA_BYTES) + 1 or used
+        words = rjieba.cut(runs[start:end].decode())
+        piece = np.fromiter(map(len, words), np.int64, len(words))
+        feeds = np.fromiter((word == "\n" for word in words), bool, len(words))
+        lengths.append(piece[~feeds])
+        start = end
+    return np.concatenate(lengths) if lengths else np.zeros(0, np.int64)
+
+
+def split(data: np.ndarray, starts: np.ndarray, ends: np.ndarray) -> tuple[np.ndarray, ...]:
+    """Words of texts `data[starts[i]:ends[i]]` (uint8 UTF-8, int64, int64).
+
+    Returns (word_offsets int64[texts + 1], start int64, length_bytes int32, characters int32, flags uint8, hash uint64),
+    the latter five one value a word.
+    """
+    total = int((ends - starts).sum()) + 1
+    # room for a word a byte: the pages that are not written are never allocated
+    out = (np.empty(total, np.int64), np.empty(total, np.int32), np.empty(total, np.int32), np.empty(total, np.uint8),
+           np.empty(total, np.uint64))  # fmt: skip
+    word_offsets = np.empty(len(starts) + 1, np.int64)
+    hashes, pieces = _exceptions()
+    cuts = _cut_han(data, starts, ends)
+    words = _split(data, starts, ends, characters.table(), cuts, hashes, pieces, _units(), out, word_offsets)
+    return (word_offsets, *(array[:words].copy() for array in out))
