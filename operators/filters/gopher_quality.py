@@ -33,17 +33,17 @@ CHINESE_STOP_WORDS = (
 class GopherQualityLimits(Settings):
     """Limits of one language; null disables a rule."""
 
-    min_words: int | None = Field(50, description="fewest words that hold more than punctuation")
-    max_words: int | None = Field(100_000, description="most words that hold more than punctuation")
-    min_mean_word_length: float | None = Field(3, description="lowest mean length of such words, characters")
-    max_mean_word_length: float | None = Field(10, description="highest mean length of such words, characters")
-    max_hash_ratio: float | None = Field(0.1, description="most `#` per word")
-    max_ellipsis_ratio: float | None = Field(0.1, description="most `...` and `…` per word")
-    max_bullet_lines: float | None = Field(0.9, description="highest share of lines that begin with `•` or `-`")
-    max_ellipsis_lines: float | None = Field(0.3, description="highest share of lines that end with an ellipsis")
-    min_alpha_words: float | None = Field(0.8, description="lowest share of words with a letter")
-    min_stop_words: int | None = Field(2, description="fewest different stop words")
-    stop_words: tuple[str, ...] = Field(ENGLISH_STOP_WORDS, max_length=64, description="the stop words, case-sensitive")
+    min_words: int | None = Field(default=50, description="fewest words that hold more than punctuation")
+    max_words: int | None = Field(default=100_000, description="most words that hold more than punctuation")
+    min_mean_word_length: float | None = Field(default=3, description="lowest mean length of such words, characters")
+    max_mean_word_length: float | None = Field(default=10, description="highest mean length of such words, characters")
+    max_hash_ratio: float | None = Field(default=0.1, description="most `#` per word")
+    max_ellipsis_ratio: float | None = Field(default=0.1, description="most `...` and `…` per word")
+    max_bullet_lines: float | None = Field(default=0.9, description="highest share of lines that begin with `•` or `-`")
+    max_ellipsis_lines: float | None = Field(default=0.3, description="highest share of lines that end with an ellipsis")
+    min_alpha_words: float | None = Field(default=0.8, description="lowest share of words with a letter")
+    min_stop_words: int | None = Field(default=2, description="fewest different stop words")
+    stop_words: tuple[str, ...] = Field(default=ENGLISH_STOP_WORDS, max_length=64, description="the stop words, case-sensitive")
 
 
 DEFAULTS: dict[str, GopherQualityLimits] = {
@@ -76,7 +76,7 @@ class GopherQualitySettings(Settings):
     """Gopher's quality rules. The first rule that fails, in Gopher's order, is the reason."""
 
     thresholds: dict[str, GopherQualityLimits] = Field(
-        {}, description="limits by language code; what a language sets replaces its defaults, `*` is for all languages"
+        default={}, description="limits by language code; what a language sets replaces its defaults, `*` is for all languages"
     )
 
 
@@ -168,7 +168,7 @@ def _measure_text(data, starts, ends, table, first, last, out):  # type: ignore[
     """Hashes and ellipses a word, and the shares of lines (as str.splitlines) that begin with a bullet or end in dots."""
     for row in range(len(starts)):
         hashes = ellipses = lines = bullets = trailing = 0
-        opening = 0  # the line's first character that is no space
+        opening = np.int32(0)  # the line's first character that is no space
         ends_in_dots = False  # whether the line's last characters that are no space are an ellipsis
         dots = 0  # full stops in a row, up to here
         counted_dots = 0  # ... since the last three that were counted
@@ -184,7 +184,7 @@ def _measure_text(data, starts, ends, table, first, last, out):  # type: ignore[
                 point = ((byte & 0x0F) << 12) | ((np.int32(data[i + 1]) & 0x3F) << 6) | (np.int32(data[i + 2]) & 0x3F)
                 step = 3
             else:
-                point, step = 0x10000, 4  # a letter, symbol or sign; never a space
+                point, step = np.int32(0x10000), 4  # a letter, symbol or sign; never a space
             i += step
             if point == 46:
                 dots += 1
@@ -205,14 +205,14 @@ def _measure_text(data, starts, ends, table, first, last, out):  # type: ignore[
                 lines += 1
                 bullets += opening == 0x2022 or opening == 45
                 trailing += ends_in_dots
-                opening, ends_in_dots, started, dots = 0, False, False, 0
+                opening, ends_in_dots, started, dots = np.int32(0), False, False, 0
                 continue
             started = True
             if class_of(table, point) & SPACE:
                 dots = 0
                 continue
             if not opening:
-                opening = point if point else 1
+                opening = point if point else np.int32(1)
             if point != 46:
                 dots = 0
             ends_in_dots = dots >= 3 or point == 0x2026

@@ -28,19 +28,19 @@ _DUPLICATE = (5, 6, 7, 8, 9, 10)
 class GopherRepetitionLimits(Settings):
     """Limits of one language; null disables a rule. Fractions of characters are of all characters of the text."""
 
-    max_duplicate_paragraphs: float | None = Field(0.3, description="share of paragraphs that repeat an earlier one")
-    max_duplicate_paragraph_characters: float | None = Field(0.2, description="share of characters in such paragraphs")
-    max_duplicate_lines: float | None = Field(0.3, description="share of lines that repeat an earlier one")
-    max_duplicate_line_characters: float | None = Field(0.2, description="share of characters in such lines")
-    max_top_2_gram: float | None = Field(0.2, description="share of characters in the most frequent 2-gram of words")
-    max_top_3_gram: float | None = Field(0.18, description="the same for 3-grams")
-    max_top_4_gram: float | None = Field(0.16, description="the same for 4-grams")
-    max_duplicate_5_grams: float | None = Field(0.15, description="share of characters in 5-grams that repeat an earlier one")
-    max_duplicate_6_grams: float | None = Field(0.14, description="the same for 6-grams")
-    max_duplicate_7_grams: float | None = Field(0.13, description="the same for 7-grams")
-    max_duplicate_8_grams: float | None = Field(0.12, description="the same for 8-grams")
-    max_duplicate_9_grams: float | None = Field(0.11, description="the same for 9-grams")
-    max_duplicate_10_grams: float | None = Field(0.1, description="the same for 10-grams")
+    max_duplicate_paragraphs: float | None = Field(default=0.3, description="share of paragraphs that repeat an earlier one")
+    max_duplicate_paragraph_characters: float | None = Field(default=0.2, description="share of characters in such paragraphs")
+    max_duplicate_lines: float | None = Field(default=0.3, description="share of lines that repeat an earlier one")
+    max_duplicate_line_characters: float | None = Field(default=0.2, description="share of characters in such lines")
+    max_top_2_gram: float | None = Field(default=0.2, description="share of characters in the most frequent 2-gram of words")
+    max_top_3_gram: float | None = Field(default=0.18, description="the same for 3-grams")
+    max_top_4_gram: float | None = Field(default=0.16, description="the same for 4-grams")
+    max_duplicate_5_grams: float | None = Field(default=0.15, description="share of characters in 5-grams that repeat an earlier one")
+    max_duplicate_6_grams: float | None = Field(default=0.14, description="the same for 6-grams")
+    max_duplicate_7_grams: float | None = Field(default=0.13, description="the same for 7-grams")
+    max_duplicate_8_grams: float | None = Field(default=0.12, description="the same for 8-grams")
+    max_duplicate_9_grams: float | None = Field(default=0.11, description="the same for 9-grams")
+    max_duplicate_10_grams: float | None = Field(default=0.1, description="the same for 10-grams")
 
 
 _CHINESE = GopherRepetitionLimits(
@@ -68,7 +68,7 @@ class GopherRepetitionSettings(Settings):
     """Gopher's repetition rules. The first rule that fails, in Gopher's order, is the reason; an empty text is `empty`."""
 
     thresholds: dict[str, GopherRepetitionLimits] = Field(
-        {}, description="limits by language code; what a language sets replaces its defaults, `*` is for all languages"
+        default={}, description="limits by language code; what a language sets replaces its defaults, `*` is for all languages"
     )
 
 
