@@ -14,6 +14,7 @@ import json
 import os
 import platform
 import shlex
+import shutil
 import socket
 import sys
 import threading
@@ -120,6 +121,8 @@ class Run:
                         thread = threading.Thread(target=self._run_stage, args=(node,), name=f"stage {node.name}", daemon=True)
                         threads.append(thread)
                         thread.start()
+                        if self._feeds_training(node):
+                            self._services.train_group()
                 if "running" not in self._status.values():
                     break
                 self._changed.wait(timeout=0.5)
@@ -152,6 +155,13 @@ class Run:
                 running.append(node.stage.resource)
                 found.append(node)
         return found
+
+    def _feeds_training(self, node: Node) -> bool:
+        """True when a training stage waits for this one: its workers can start (a minute of imports) meanwhile."""
+        return any(
+            node.name in other.inputs and other.stage.resource == "train" and self._status[other.name] == "pending"
+            for other in self.nodes
+        )
 
     def _run_stage(self, node: Node) -> None:
         self.display.stage(node.name, "started")
@@ -356,7 +366,8 @@ def account(directory: str) -> str:
 
 def resume_command(options: Options, recipe_path: str) -> str:
     """The command that goes on."""
-    pieces = ["danlu", "run", recipe_path]
+    program = "danlu" if shutil.which("danlu") or os.path.basename(sys.argv[0]) != "danlu" else os.path.relpath(sys.argv[0])
+    pieces = [program, "run", recipe_path]
     if options.runs != "runs":
         pieces += ["--runs", options.runs]
     if options.limit is not None:
