@@ -1,0 +1,376 @@
+"""Evaluation: held-out perplexity by language and source, preference accuracy, and replies side by side.
+
+Documents, pairs and prompts are divided among the workers; every number is put together on the first one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from transformers.modeling_utils import PreTrainedModel
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from cluster import storage
+from operators import shards
+from operators.config import Settings
+from operators.ledger import Ledger
+from operators.tokens import hashing, holdout
+from operators.tokens.encode import Encoder
+from train import dpo, finetune, models, samples
+from train.loader import IGNORE
+from train.parallel import JobCancelled, Workers
+
+ALL = "*"
+"""Stands for every language or every source in a row of the perplexity table."""
+
+SCORES = pa.schema(
+    [
+        pa.field("model", pa.string(), nullable=False),
+        pa.field("measure", pa.string(), nullable=False),  # perplexity, preference
+        pa.field("id", pa.string(), nullable=False),  # of the document or pair
+        pa.field("lang", pa.string(), nullable=False),
+        pa.field("source", pa.string(), nullable=False),
+        pa.field("tokens", pa.int64(), nullable=False),
+        pa.field("value", pa.float64(), nullable=False),  # summed negative log-likelihood in nats; chosen less rejected
+    ]
+)
+
+
+class NamedModel(Settings):
+    """A model under the name that tables show."""
+
+    name: str = Field(description="The stage's name.")
+    path: str = Field(description="Directory in Hugging Face layout, absolute or a URI.")
+
+
+class Prompt(Settings):
+    """One prompt that all models answer."""
+
+    text: str = Field(description="What the user says.")
+    lang: str = Field("", description="Language, for the table.")
+
+
+class EvaluateJob(Settings):
+    """Everything an evaluation depends on."""
+
+    models: list[NamedModel] = Field(min_length=1, description="Models to compare.")
+    documents: list[str] = Field([], description="Directories of stages with documents.")
+    held_out: float = Field(0.0, ge=0, le=1, description="Share of documents kept out of packing.")
+    held_out_seed: int = Field(0, description="Seed of that choice, as packing had it.")
+    max_documents: int = Field(100, ge=1, description="Documents scored a language, chosen by a hash of their id.")
+    max_tokens: int = Field(2048, ge=2, description="Tokens scored of one document.")
+    length: int = Field(512, ge=2, description="Longest context in tokens.")
+    batch_tokens: int = Field(8192, ge=2, description="Tokens of one forward pass, padding included.")
+    pairs: list[str] = Field([], description="Directories of stages with preference pairs.")
+    pairs_held_out: float = Field(0.0, ge=0, le=1, description="Share of pairs kept out of DPO; 0 scores all.")
+    pairs_seed: int = Field(0, description="Seed of that choice, as DPO had it.")
+    max_pairs: int = Field(500, ge=1, description="Pairs scored at most.")
+    reference: str | None = Field(None, description="The model whose margins are subtracted for accuracy against a reference.")
+    prompts: list[Prompt] = Field([], description="Prompts that every model answers greedily.")
+    max_new_tokens: int = Field(48, ge=1, description="Tokens of one reply.")
+
+
+@dataclass(frozen=True)
+class Document:
+    """A held-out document: `text` only as long as it is scored."""
+
+    id: str
+    text: str
+    lang: str
+    source: str
+
+
+def run(job: EvaluateJob, directory: str, workers: Workers) -> dict[str, Any]:
+    """Returns {"perplexity", "preference_accuracy", "preference_accuracy_vs_reference", "preference_pairs", "samples",
+    "documents", "timings"} and writes one row a score to `directory`/parts.
+
+    Raises JobCancelled, ValueError when nothing is held out or a model's tokenizer cannot chat.
+    """
+    finished = workers.share(samples.read_result(directory) if workers.first else None)
+    if finished is not None:
+        return finished
+    documents, pairs = workers.together(lambda: (_documents(job, workers), _pairs(job, workers)))
+    prompts = list(enumerate(job.prompts))[workers.rank :: workers.world]
+    scores: list[dict[str, Any]] = []
+    replies: dict[int, dict[str, str]] = {}
+    units = 3 * len(job.models)
+    for number, named in enumerate(job.models):
+
+        def evaluate_one(named: NamedModel = named, number: int = number) -> None:
+            model, tokenizer = models.load(named.path), models.load_tokenizer(named.path)
+            model.to(workers.device).eval()  # type: ignore[arg-type]
+            scores.extend(_document_scores(job, named, model, documents, workers.device))
+            scores.extend(_pair_scores(job, named, model, tokenizer, pairs, workers.device))
+            for index, prompt in prompts:
+                replies.setdefault(index, {})[named.name] = reply(model, tokenizer, prompt.text, job.max_new_tokens)
+
+        workers.together(evaluate_one)
+        if workers.stop_requested(3 * (number + 1), units, "measures", {"model": named.name}):
+            raise JobCancelled(f"stopped after evaluating {named.name}")
+    everything = [row for part in workers.gather(scores) for row in part]
+    answered = {index: texts for part in workers.gather(replies) for index, texts in part.items()}
+
+    def write() -> dict[str, Any]:
+        order = {named.name: number for number, named in enumerate(job.models)}
+        everything.sort(key=lambda row: (order[row["model"]], row["measure"], row["id"]))
+        if 0 not in shards.committed_units(directory):
+            writer = shards.UnitWriter(directory, 0)
+            writer.write(pa.Table.from_pylist(everything, schema=SCORES))
+            writer.commit(Ledger(created=len(everything), kept=len(everything)))
+        result = {
+            **summary(job, everything),
+            "samples": [
+                {"prompt": prompt.text, "lang": prompt.lang, "replies": answered[index]} for index, prompt in enumerate(job.prompts)
+            ],
+            "timings": {"workers": workers.world, "device": workers.device.type},
+        }
+        return samples.write_result(directory, result)
+
+    return workers.share(workers.on_first(write))
+
+
+def summary(job: EvaluateJob, scores: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The tables, from the rows of SCORES. Rows with source `*` (and language `*`) are totals."""
+    table = []
+    for named in job.models:
+        mine = [row for row in scores if row["model"] == named.name and row["measure"] == "perplexity"]
+        groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
+        for row in mine:
+            for key in ((ALL, ALL), (row["lang"], ALL), (row["lang"], row["source"])):
+                groups.setdefault(key, []).append(row)
+        for (lang, source), rows in sorted(groups.items()):
+            nats, tokens = math.fsum(row["value"] for row in rows), sum(row["tokens"] for row in rows)
+            table.append(
+                {
+                    "model": named.name, "lang": lang, "source": source, "documents": len(rows), "tokens": tokens,
+                    "perplexity": round(math.exp(min(700.0, nats / tokens)), 4),
+                }
+            )  # fmt: skip
+    margins = {
+        named.name: {r["id"]: r["value"] for r in scores if r["model"] == named.name and r["measure"] == "preference"}
+        for named in job.models
+    }
+    reference = margins.get(job.reference or "", {})
+    counted = len(next(iter(margins.values())))
+    accuracy = {name: round(sum(v > 0 for v in m.values()) / len(m), 6) for name, m in margins.items() if m}
+    against = {
+        name: round(sum(v > reference[key] for key, v in m.items()) / len(m), 6)
+        for name, m in margins.items()
+        if m and reference and name != job.reference
+    }
+    return {
+        "perplexity": table,
+        "documents": len({row["id"] for row in scores if row["measure"] == "perplexity"}),
+        "preference_accuracy": accuracy,
+        "preference_accuracy_vs_reference": against,
+        "preference_pairs": counted,
+    }
+
+
+def _documents(job: EvaluateJob, workers: Workers) -> list[Document]:
+    """This worker's share of the held-out documents that are scored."""
+    if not job.documents:
+        return []
+    parts = shards.parts(job.documents)
+    ordinals, langs, order = [np.zeros(0, np.uint64)], [np.zeros(0, object)], [np.zeros(0, np.uint64)]
+    total = 0
+    for part in parts:
+        with storage.open_input(part.path) as stream:
+            names = pq.read_schema(stream).names
+        columns = ["id", "lang"] if "lang" in names else ["id"]
+        for numbers, batch in shards.read(part, columns):
+            held = holdout.is_held_out(batch["id"], job.held_out_seed, job.held_out)
+            total += batch.num_rows
+            if held.any():
+                kept = batch.filter(pa.array(held))
+                ordinals.append(numbers.to_numpy()[held])
+                column = kept["lang"].fill_null("") if "lang" in names else pa.array([""] * kept.num_rows)
+                langs.append(np.asarray(column.to_pylist(), object))
+                order.append(hashing.hash_strings(kept["id"], job.held_out_seed))
+                ordinals, langs, order = _first_of_each(ordinals, langs, order, job.max_documents)
+    chosen = np.sort(ordinals[0] if len(ordinals) == 1 else np.concatenate(ordinals))
+    if not chosen.size:
+        raise ValueError(
+            f"none of {total} documents is held out at a share of {job.held_out}: raise `held_out` here and in packing"
+        )
+    mine = chosen[workers.rank :: workers.world]
+    found: list[Document] = []
+    for part in parts:
+        inside = mine[(mine >= part.first_ordinal) & (mine < part.first_ordinal + part.rows)]
+        if inside.size:
+            found.extend(_texts(part, inside, job.max_tokens))
+    return found
+
+
+def _first_of_each(
+    ordinals: list[np.ndarray], langs: list[np.ndarray], order: list[np.ndarray], limit: int
+) -> tuple[list[np.ndarray], list[np.ndarray], list[np.ndarray]]:
+    """The `limit` rows of each language with the smallest hashes: memory stays bounded over any corpus."""
+    joined = np.concatenate(ordinals), np.concatenate(langs), np.concatenate(order)
+    keep = np.zeros(len(joined[0]), bool)
+    for lang in dict.fromkeys(joined[1].tolist()):
+        rows = np.flatnonzero(joined[1] == lang)
+        ranked = np.lexsort((joined[0][rows], joined[2][rows]))
+        keep[rows[ranked[:limit]]] = True
+    return [joined[0][keep]], [joined[1][keep]], [joined[2][keep]]
+
+
+def _texts(part: shards.Part, ordinals: np.ndarray, max_tokens: int) -> Iterator[Document]:
+    with storage.open_input(part.path) as stream:
+        names = pq.read_schema(stream).names
+    columns = [name for name in ("id", "text", "source", "lang") if name in names]
+    for numbers, batch in shards.read(part, columns, batch_rows=256):
+        mask = np.isin(numbers.to_numpy(), ordinals)
+        if not mask.any():
+            continue
+        for row in batch.filter(pa.array(mask)).to_pylist():
+            # No token of a byte-level BPE is shorter than a byte, and few are longer than 16 characters.
+            yield Document(row["id"], row["text"][: 16 * max_tokens], row.get("lang") or "", row["source"])
+
+
+def _document_scores(
+    job: EvaluateJob, named: NamedModel, model: PreTrainedModel, documents: list[Document], device: torch.device
+) -> list[dict[str, Any]]:
+    if not documents:
+        return []
+    encoder = Encoder((models.model_directory(named.path) / "tokenizer.json").read_bytes())
+    end = model.config.eos_token_id
+    end = end[0] if isinstance(end, list) else end
+    ids, offsets = encoder.encode(pa.array([document.text for document in documents], pa.large_string()))
+    rows: list[np.ndarray] = []
+    owner: list[int] = []
+    length = min(job.length, model.config.max_position_embeddings)
+    for number in range(len(documents)):
+        tokens = ids[offsets[number] : offsets[number + 1]].astype(np.int64)
+        tokens = (np.append(tokens, end) if end is not None else tokens)[: job.max_tokens]
+        # Windows share one token, so that every token but the first is predicted exactly once.
+        for start in range(0, max(1, len(tokens) - 1), length - 1):
+            window = tokens[start : start + length]
+            if len(window) > 1:
+                rows.append(window)
+                owner.append(number)
+    sums = log_probabilities(model, rows, [1] * len(rows), job.batch_tokens, device)
+    nats, counts = np.zeros(len(documents)), np.zeros(len(documents), np.int64)
+    np.subtract.at(nats, owner, sums)
+    np.add.at(counts, owner, [len(row) - 1 for row in rows])
+    return [
+        {"model": named.name, "measure": "perplexity", "id": document.id, "lang": document.lang, "source": document.source,
+         "tokens": int(counts[number]), "value": round(float(nats[number]), 4)}
+        for number, document in enumerate(documents)
+        if counts[number]
+    ]  # fmt: skip
+
+
+@torch.inference_mode()
+def log_probabilities(
+    model: PreTrainedModel, rows: Sequence[np.ndarray], first: Sequence[int], batch_tokens: int, device: torch.device
+) -> np.ndarray:
+    """float64[rows]: the summed log-probability of tokens `first[i]`.. of each row, given those before them.
+
+    Rows are sorted by length and padded on the right; a batch holds at most `batch_tokens` tokens (or one row).
+    """
+    result = np.zeros(len(rows))
+    order = sorted(range(len(rows)), key=lambda index: (len(rows[index]), index))
+    start = 0
+    while start < len(order):
+        stop = start + 1
+        while stop < len(order) and len(rows[order[stop]]) * (stop + 1 - start) <= batch_tokens:
+            stop += 1
+        chosen = order[start:stop]
+        width = len(rows[chosen[-1]])
+        ids = torch.zeros((len(chosen), width), dtype=torch.long)
+        labels = torch.full((len(chosen), width), IGNORE, dtype=torch.long)
+        mask = torch.zeros((len(chosen), width), dtype=torch.long)
+        for place, index in enumerate(chosen):
+            row = torch.from_numpy(np.asarray(rows[index], np.int64))
+            ids[place, : len(row)] = row
+            mask[place, : len(row)] = 1
+            labels[place, first[index] : len(row)] = row[first[index] :]
+        logits = model(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False).logits[:, :-1].float()
+        targets = labels[:, 1:].to(device)
+        losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="none")
+        result[chosen] = -losses.view(targets.shape).double().sum(dim=1).cpu().numpy()
+        start = stop
+    return result
+
+
+def _pairs(job: EvaluateJob, workers: Workers) -> pa.Table | None:
+    """This worker's share of the held-out preference pairs."""
+    if not job.pairs:
+        return None
+    batches: list[pa.RecordBatch] = []
+    rows = total = 0
+    for batch in finetune.rows_of(job.pairs, ["id", "prompt", "chosen", "rejected", "lang"]):
+        total += batch.num_rows
+        if job.pairs_held_out:
+            batch = batch.filter(pa.array(holdout.is_held_out(batch["id"], job.pairs_seed, job.pairs_held_out)))
+        batches.append(batch.slice(0, job.max_pairs - rows))
+        rows += batches[-1].num_rows
+        if rows >= job.max_pairs:
+            break
+    if total and not rows:
+        raise ValueError(
+            f"none of {total} pairs is held out at a share of {job.pairs_held_out}: raise `pairs_held_out` and DPO's share"
+        )
+    if not rows:
+        return None
+    table = pa.Table.from_batches(batches)
+    return table.take(pa.array(np.arange(workers.rank, rows, workers.world)))
+
+
+def _pair_scores(
+    job: EvaluateJob,
+    named: NamedModel,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    pairs: pa.Table | None,
+    device: torch.device,
+) -> list[dict[str, Any]]:
+    if pairs is None or not pairs.num_rows:
+        return []
+    models.as_chat(tokenizer, model)
+    length = min(job.length, model.config.max_position_embeddings)
+    found = []
+    for batch in pairs.combine_chunks().to_batches(max_chunksize=256):
+        prompts, *replies = dpo.encode_pairs(tokenizer, batch)
+        sides = []
+        for side in replies:
+            # A prompt too long for the context loses its beginning, never the reply.
+            heads = [prompt[-max(1, length - len(answer)) :] for prompt, answer in zip(prompts, side, strict=True)]
+            rows = [np.array((head + answer)[:length], np.int64) for head, answer in zip(heads, side, strict=True)]
+            sides.append(log_probabilities(model, rows, [len(head) for head in heads], job.batch_tokens, device))
+        langs = batch["lang"].fill_null("").to_pylist()
+        for number, key in enumerate(batch["id"].to_pylist()):
+            found.append(
+                {"model": named.name, "measure": "preference", "id": key, "lang": langs[number], "source": "",
+                 "tokens": len(replies[0][number]) + len(replies[1][number]),
+                 "value": round(float(sides[0][number] - sides[1][number]), 4)}
+            )  # fmt: skip
+    return found
+
+
+@torch.inference_mode()
+def reply(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, max_new_tokens: int) -> str:
+    """The greedy reply to a prompt; a model without a chat template continues the text."""
+    if tokenizer.chat_template:
+        encoded: Any = tokenizer.apply_chat_template(
+            [{"role": "user", "content": prompt}], add_generation_prompt=True, return_dict=True, return_tensors="pt"
+        )
+    else:
+        encoded = tokenizer(prompt, return_tensors="pt")
+    room = model.config.max_position_embeddings - max_new_tokens
+    ids = encoded["input_ids"][:, -max(1, room) :].to(model.device)
+    output = model.generate(  # type: ignore[operator]
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_new_tokens, do_sample=False, use_cache=True,
+        pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    return str(tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)).strip()

@@ -1,0 +1,366 @@
+"""What SFT and DPO share: inputs and their mixture, LoRA, the plan of samples, checkpoints, and the merged export.
+
+Both stand on TRL's trainers. Every worker is given the same map-style dataset and the same order of rows; the trainer's
+own distributed batches then make global batch t exactly the rows t*B .. t*B+B-1 of that order, on any number of workers
+that divides B. Nothing is split before it is given to the trainer (data split twice is lost silently).
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import torch
+from peft import LoraConfig, PeftModel
+from pydantic import Field
+from torch.utils.data import Sampler
+from transformers import GenerationConfig, PrinterCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from cluster import storage
+from operators import shards
+from operators.config import Settings
+from train import artifacts, checkpoint, models, samples
+from train.mixture import Mixture
+from train.parallel import JobCancelled, NonFiniteLoss, Workers
+from train.schedule import Schedule
+
+
+class RowsInput(Settings):
+    """One input stage and its weight in the mixture."""
+
+    name: str = Field(description="Name in reports: the stage's name.")
+    directories: list[str] = Field(min_length=1, description="The stage's directory, absolute or a URI.")
+    weight: float = Field(1.0, gt=0, description="Share of the mixture.")
+
+
+class LoraSettings(Settings):
+    """Low-rank adapters (Hu et al. 2021): the base stays frozen, a rank-r product is added to chosen matrices."""
+
+    rank: int = Field(16, ge=1, description="Rank of the added product.")
+    alpha: int = Field(32, ge=1, description="The product is scaled by alpha / rank.")
+    dropout: float = Field(0.0, ge=0, lt=1, description="Dropout before the adapter.")
+    targets: list[str] | Literal["all-linear"] = Field(
+        "all-linear", description="Names of the matrices with an adapter; `all-linear` is every one but the output head."
+    )
+
+
+class FinetuneJob(Settings):
+    """What SFT and DPO have in common."""
+
+    model: str = Field(description="Directory of the model to start from, Hugging Face layout, absolute or a URI.")
+    inputs: list[RowsInput] = Field(min_length=1, description="Inputs with their weights.")
+    mix_by: Literal["examples", "tokens"] = Field(
+        "examples", description="What the weights are shares of: examples, or tokens with loss (longer examples count more)."
+    )
+    steps: int = Field(ge=1, description="Optimizer steps.")
+    batch_examples: int = Field(8, ge=1, description="Examples of one step over all workers.")
+    micro_batch_examples: int | None = Field(None, ge=1, description="Examples of one forward pass on one worker.")
+    max_length: int = Field(512, ge=8, description="Tokens an example is cut to; one without a loss token left is set aside.")
+    lora: LoraSettings | None = Field(None, description="Train adapters and export the merged model; null trains all weights.")
+    learning_rate: float = Field(gt=0, description="Peak learning rate of AdamW.")
+    schedule: Schedule = Field(Schedule(), description="Warm-up and decay.")
+    weight_decay: float = Field(0.0, ge=0, description="AdamW's weight decay.")
+    clip: float = Field(1.0, gt=0, description="Largest global norm of the gradient.")
+    precision: Literal["fp32", "bf16"] = Field("fp32", description="bf16 runs matrix products under autocast.")
+    checkpoint_every: int = Field(50, ge=1, description="Steps between checkpoints.")
+    seed: int = Field(0, description="Of the adapters' initial weights and the order of samples.")
+
+
+@dataclass
+class Examples:
+    """The encoded rows of all inputs, memory-mapped: table, ids an input, and what was set aside."""
+
+    table: pa.Table  # rows of all inputs, one after another
+    ids: list[pa.Array]  # of each input
+    tokens: list[np.ndarray]  # tokens with loss, of each input's rows
+    set_aside: dict[str, int]
+
+    @property
+    def offsets(self) -> np.ndarray:
+        return np.concatenate([[0], np.cumsum([len(part) for part in self.ids])])
+
+    def mixture(self, job: FinetuneJob) -> Mixture:
+        """The endless stream of samples over these rows."""
+        weights = [item.weight for item in job.inputs]
+        names = [item.name for item in job.inputs]
+        sizes = [len(part) for part in self.ids]
+        if job.mix_by == "tokens" and all(sizes):
+            weights = [weight / float(part.mean()) for weight, part in zip(weights, self.tokens, strict=True)]
+        return Mixture(sizes, weights, job.seed, names)
+
+
+def rows_of(directories: Sequence[str], columns: Sequence[str], limit: int | None = None) -> Iterator[pa.RecordBatch]:
+    """The surviving rows of finished stages in order, batch by batch."""
+    given = 0
+    for part in shards.parts(directories):
+        for _, batch in shards.read(part, columns, batch_rows=1024):
+            if limit is not None and given + batch.num_rows > limit:
+                batch = batch.slice(0, limit - given)
+            if batch.num_rows:
+                yield batch
+            given += batch.num_rows
+            if limit is not None and given >= limit:
+                return
+
+
+def without_control_tokens(
+    batch: pa.RecordBatch, columns: Sequence[str], tokenizer: PreTrainedTokenizerBase, aside: Counter[str]
+) -> pa.RecordBatch:
+    """The rows none of whose messages contains the text of a special token, which would be read as control; others are counted."""
+    pattern = "|".join(re.escape(token) for token in tokenizer.all_special_tokens)
+    keep = np.ones(batch.num_rows, bool)
+    for column in columns:
+        values = batch[column]
+        contents = pc.struct_field(pc.list_flatten(values), "content")
+        found = pc.fill_null(pc.match_substring_regex(contents, pattern), False)
+        rows = pc.list_parent_indices(values).filter(found)
+        keep[rows.to_numpy(zero_copy_only=False)] = False
+    if keep.all():
+        return batch
+    aside["special_token_in_text"] += int((~keep).sum())
+    return batch.filter(pa.array(keep))
+
+
+class ArrowSpool:
+    """Collects encoded rows in an Arrow file in the temporary directory, then reads it memory-mapped.
+
+    Every worker encodes for itself, so that workers on different machines need no shared scratch; memory is bounded by
+    a batch. The file is unlinked as soon as it is mapped.
+    """
+
+    def __init__(self, schema: pa.Schema) -> None:
+        descriptor, self._path = tempfile.mkstemp(prefix="danlu-", suffix=".arrow")
+        os.close(descriptor)
+        self._writer = pa.ipc.new_stream(self._path, schema)
+        self.schema = schema
+
+    def write(self, columns: dict[str, Any]) -> None:
+        self._writer.write_table(pa.table(columns, schema=self.schema))
+
+    def finish(self) -> pa.Table:
+        self._writer.close()
+        with pa.memory_map(self._path) as mapped:
+            table = pa.ipc.open_stream(mapped).read_all()
+        os.unlink(self._path)
+        return table
+
+
+class PlannedSampler(Sampler[int]):
+    """Row numbers of a training dataset in the planned order."""
+
+    def __init__(self, order: np.ndarray) -> None:
+        self._order = order
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._order.tolist())
+
+    def __len__(self) -> int:
+        return len(self._order)
+
+
+def planned_order(examples: Examples, mixture: Mixture, job: FinetuneJob) -> np.ndarray:
+    """int64[steps * batch]: the dataset row at each position."""
+    draw = mixture.locate(np.arange(job.steps * job.batch_examples))
+    return draw.row + examples.offsets[draw.source]
+
+
+class PlannedTrainer:
+    """Mixed into a TRL trainer: takes rows in the planned order, decays by Schedule, never draws a model card."""
+
+    order: np.ndarray
+    job: FinetuneJob
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
+        return PlannedSampler(self.order)
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        trainer: Any = self
+        trainer.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
+            optimizer or trainer.optimizer, lambda step: self.job.schedule.factor(step, self.job.steps)
+        )
+        return trainer.lr_scheduler
+
+    def create_model_card(self, *_: Any, **__: Any) -> None:
+        """Model cards are for hubs; a run is described by its manifest."""
+
+
+class Follow(TrainerCallback):
+    """Reports each step, collects the curve, marks finished checkpoints, and stops where all workers agree to."""
+
+    def __init__(self, workers: Workers, job: FinetuneJob, root: str, keys: dict[str, str], examples: Examples) -> None:
+        self.workers, self.job, self.root, self.keys, self.examples = workers, job, root, keys, examples
+        self.curve: list[dict[str, Any]] = []
+        self.stopped = False
+        self.seconds = 0.0
+        self._started = 0.0
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.curve = [point for point in map(self._point, state.log_history) if point is not None]
+
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self._started = time.perf_counter()
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        point = self._point(state.log_history[-1]) if state.log_history else None
+        if point is None or (self.curve and self.curve[-1]["step"] >= point["step"]):
+            return
+        self.curve.append(point)
+        if not all(math.isfinite(point[key]) for key in ("loss", "gradient_norm") if key in point):
+            raise NonFiniteLoss(
+                f"step {state.global_step - 1}: the loss is {point['loss']} and the norm of the gradient "
+                f"{point.get('gradient_norm')}, batch of examples {self._batch(state.global_step - 1)}; learning rate "
+                f"{point['learning_rate']:.3g}. Lower the learning rate or look at these examples; the last checkpoint is "
+                f"in {self.root}"
+            )
+        if self.workers.stop_requested(state.global_step, self.job.steps, "steps", point):
+            self.stopped = True
+            control.should_save = control.should_training_stop = True
+
+    def _batch(self, step: int) -> str:
+        mixture, size = self.examples.mixture(self.job), self.job.batch_examples
+        draw = mixture.locate(np.arange(step * size, (step + 1) * size))
+        return ", ".join(
+            f"{mixture.names[s]}[{self.examples.ids[s][r]}]" for s, r in zip(draw.source.tolist(), draw.row.tolist(), strict=True)
+        )
+
+    def _point(self, entry: dict[str, Any]) -> dict[str, Any] | None:
+        if "loss" not in entry:
+            return None
+        point = {"step": int(entry["step"]), "loss": entry["loss"], "learning_rate": entry["learning_rate"]}
+        point.update({name: entry[key] for key, name in self.keys.items() if key in entry})
+        return point
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.seconds += time.perf_counter() - self._started
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        # Every worker has written its share once all have come here; only then is the checkpoint whole.
+        def mark() -> None:
+            local = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
+            if storage.is_remote(self.root):
+                artifacts.publish(local, storage.join(self.root, local.name))
+                checkpoint.prune(self.root)
+            else:
+                artifacts.write_marker(local)
+
+        self.workers.on_first(mark)
+
+
+def arguments(job: FinetuneJob, workers: Workers, output: str) -> dict[str, Any]:
+    """The settings that both trainers are given. Raises ValueError when the batch does not divide."""
+    if job.batch_examples % workers.world:
+        raise ValueError(f"a global batch of {job.batch_examples} examples does not divide among {workers.world} workers")
+    share = job.batch_examples // workers.world
+    micro = min(share, job.micro_batch_examples or share)
+    if share % micro:
+        raise ValueError(f"micro_batch_examples {micro} does not divide the {share} examples of a worker")
+    cuda = workers.device.type == "cuda"
+    return {
+        "output_dir": output,
+        "max_steps": job.steps,
+        "per_device_train_batch_size": micro,
+        "gradient_accumulation_steps": share // micro,
+        "learning_rate": job.learning_rate,
+        "weight_decay": job.weight_decay,
+        "max_grad_norm": job.clip,
+        "logging_steps": 1,
+        "logging_nan_inf_filter": False,
+        "save_strategy": "steps",
+        "save_steps": min(job.checkpoint_every, job.steps),
+        "save_total_limit": checkpoint.KEEP,
+        "report_to": "none",
+        "push_to_hub": False,
+        "disable_tqdm": True,
+        "use_cpu": not cuda,
+        "bf16": job.precision == "bf16",
+        "fp16": False,
+        "gradient_checkpointing": False,
+        "dataloader_pin_memory": cuda,
+        "dataloader_drop_last": False,
+        "max_length": job.max_length,
+        "seed": job.seed,
+        "data_seed": job.seed,
+        "ddp_find_unused_parameters": False,
+    }
+
+
+def adapter_config(lora: LoraSettings | None) -> LoraConfig | None:
+    """What a TRL trainer is given to wrap the model with; the fresh adapter is no change at all.
+
+    Handing over the configuration, not a wrapped model, makes DPO take the model without adapter as its reference.
+    """
+    if lora is None:
+        return None
+    return LoraConfig(
+        r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=lora.targets,
+        bias="none", task_type="CAUSAL_LM",
+    )  # fmt: skip
+
+
+def train(trainer: Any, follow: Follow, root: str, workers: Workers) -> None:
+    """Run a TRL trainer from its newest whole checkpoint to the end. Raises JobCancelled when the user stopped it."""
+    trainer.remove_callback(PrinterCallback)
+    found = workers.together(lambda: checkpoint.latest(root))
+    step = workers.share(found[0] if found else None)
+    trainer.train(resume_from_checkpoint=None if step is None or found is None else str(found[1]))
+    if follow.stopped:
+        raise JobCancelled(f"stopped after step {trainer.state.global_step}; the checkpoint is in {root}")
+
+
+def output_directory(root: str) -> str:
+    """Where the trainer writes checkpoints: the root itself, or a local scratch for a remote one."""
+    if storage.is_remote(root):
+        return tempfile.mkdtemp(prefix="danlu-")
+    return str(storage.local_path(root))
+
+
+def export(trained: Any, tokenizer: PreTrainedTokenizerBase, directory: str, generation: GenerationConfig) -> None:
+    """Write `directory`/model and, for adapters, `directory`/adapter: the model is the base with the adapter merged in."""
+    if isinstance(trained, PeftModel):
+        with artifacts.building(storage.join(directory, "adapter")) as local:
+            trained.save_pretrained(str(local), save_embedding_layers=False)
+            (local / "README.md").unlink(missing_ok=True)  # a card for a hub
+        trained = trained.merge_and_unload(safe_merge=True)
+    trained.config.use_cache = True
+    trained.generation_config = generation
+    models.export(trained, tokenizer, storage.join(directory, "model"))
+
+
+def outcome(
+    job: FinetuneJob, examples: Examples, mixture: Mixture, follow: Follow, trained: Any, workers: Workers
+) -> dict[str, Any]:
+    """The result of a finished job."""
+    positions = np.arange(job.steps * job.batch_examples)
+    draw = mixture.locate(positions)
+    tokens = np.concatenate(examples.tokens)[draw.row + examples.offsets[draw.source]]
+    parameters, trainable = models.parameter_counts(trained)
+    done = len(follow.curve) or 1
+    return {
+        "curve": samples.thinned(follow.curve),
+        "parameters": parameters,
+        "trainable_parameters": trainable,
+        "steps": job.steps,
+        "tokens": int(tokens.sum()),
+        "samples": len(positions),
+        "examples": sum(len(part) for part in examples.ids),
+        "set_aside": examples.set_aside,
+        "mixture": samples.shares(mixture.names, draw.source, tokens),
+        "timings": {
+            "step_seconds": follow.seconds,
+            "tokens_per_second": float(tokens.sum()) * (done / job.steps) / follow.seconds if follow.seconds else 0.0,
+            "workers": workers.world,
+            "device": workers.device.type,
+        },
+    }

@@ -1,0 +1,224 @@
+"""The training loader: sample i of a packed corpus, as a pure function of (seed, i).
+
+A pack stage leaves a flat memory-mapped twin of its TOKENS rows. The loader reads rows of it by position, through
+`mixture.Mixture` where several corpora are mixed by tokens. Its whole state is a number of samples and a fingerprint:
+a run resumes on any number of workers that divides the global batch, on the exact next sample.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numba import njit
+
+from cluster import storage
+from operators import shards, tables
+from train import artifacts
+from train.mixture import Draw, Mixture, weights_by_tokens
+
+IGNORE = -100
+"""The label of a position without loss, as torch's cross entropy has it."""
+
+_DTYPES: dict[str, np.dtype[Any]] = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows ready for a model: int64 arrays [rows, length].
+
+    `labels[t]` is the token after t of the same document, IGNORE where there is none (last token of a document,
+    padding). `position_ids` restart at every document, which is what isolates packed documents from each other.
+    """
+
+    input_ids: np.ndarray
+    position_ids: np.ndarray
+    labels: np.ndarray
+    valid_tokens: int  # labels that are not IGNORE
+
+
+class PackedTokens:
+    """The memory-mapped rows of one pack stage.
+
+    Raises FileNotFoundError when the stage is unfinished, ValueError when the files disagree with their index.
+    """
+
+    def __init__(self, directory: str) -> None:
+        files = shards.load_manifest(directory).files
+        missing = {"tokens", "index"} - set(files)
+        if missing:
+            raise ValueError(f"{directory} is no pack stage: its manifest names no file {sorted(missing)}")
+        self.directory = directory
+        index_path = storage.join(directory, files["index"])
+        self.index: dict[str, Any] = json.loads(storage.read_bytes(index_path))
+        if self.index["dtype"] not in _DTYPES:
+            raise ValueError(f"{index_path}: dtype {self.index['dtype']!r} is neither uint16 nor uint32")
+        self.length, self.sequences = int(self.index["length"]), int(self.index["sequences"])
+        self.vocab_size = int(self.index["vocab_size"])
+        if self.sequences <= 0:
+            raise ValueError(f"{directory} holds no sequences: nothing was packed, look at its ledger")
+        base = files["index"].rpartition("/")[0]
+        self._tokens = self._map(files["tokens"], _DTYPES[str(self.index["dtype"])], self.sequences * self.length)
+        self._tokens = self._tokens.reshape(self.sequences, self.length)
+        self._offsets = self._map(
+            storage.join(base, self.index["boundary_offsets"]) if base else self.index["boundary_offsets"],
+            np.dtype("<i8"),
+            self.sequences + 1,
+        )
+        self._boundaries = self._map(
+            storage.join(base, self.index["boundaries"]) if base else self.index["boundaries"],
+            np.dtype("<i4"),
+            int(self._offsets[-1]),
+        )
+
+    def _map(self, name: str, dtype: np.dtype, items: int) -> np.ndarray:
+        path = artifacts.local_file(storage.join(self.directory, name))
+        if path.stat().st_size != items * dtype.itemsize:
+            raise ValueError(f"{path}: {path.stat().st_size} bytes, the index says {items} items of {dtype.itemsize} bytes")
+        return np.memmap(path, dtype, "r") if items else np.zeros(0, dtype)
+
+    def __len__(self) -> int:
+        return self.sequences
+
+    def row(self, sequence: int) -> np.ndarray:
+        """The tokens of one row, padding included: [length]."""
+        return self._tokens[sequence]
+
+    def boundaries(self, sequence: int) -> np.ndarray:
+        """cu_seqlens of one row: 0, end of piece 0, end of piece 1, ...; padding after the last."""
+        return self._boundaries[self._offsets[sequence] : self._offsets[sequence + 1]]
+
+    def valid_tokens(self, sequences: np.ndarray) -> np.ndarray:
+        """Labels with loss in each of these rows, int64: tokens less one a piece (and less the padding)."""
+        starts, ends = self._offsets[sequences], self._offsets[sequences + 1]
+        return self._boundaries[ends - 1].astype(np.int64) - (ends - starts - 1)
+
+    def mean_valid_tokens(self) -> float:
+        """Labels with loss a row, over the whole corpus."""
+        total = sum(
+            int(self.valid_tokens(np.arange(start, min(start + (1 << 20), self.sequences))).sum())
+            for start in range(0, self.sequences, 1 << 20)
+        )
+        return total / self.sequences
+
+    def fill(self, sequences: np.ndarray, batch: Batch, rows: np.ndarray) -> None:
+        """Write these rows of the corpus into the given rows of a batch."""
+        starts, ends = self._offsets[sequences], self._offsets[sequences + 1]
+        _assemble(
+            self._tokens, self._boundaries, sequences, starts, ends, rows,
+            batch.input_ids, batch.position_ids, batch.labels,
+        )  # fmt: skip
+
+    def fingerprint(self) -> str:
+        """Names the content: the stage's own fingerprint and the index."""
+        return tables.content_hash([shards.load_manifest(self.directory).fingerprint, self.index])
+
+
+@njit(cache=True, nogil=True)
+def _assemble(tokens, boundaries, sequences, starts, ends, rows, input_ids, position_ids, labels):  # type: ignore[no-untyped-def]
+    length = tokens.shape[1]
+    for n in range(sequences.size):
+        source, row = tokens[sequences[n]], rows[n]
+        start, end = 0, 0
+        for k in range(starts[n] + 1, ends[n] + 1):
+            # The last round, past the boundaries, is the padding: a piece of its own without labels.
+            padding = k == ends[n]
+            start, end = end, length if padding else boundaries[k]
+            for t in range(start, end):
+                input_ids[row, t] = source[t]
+                position_ids[row, t] = t - start
+                labels[row, t] = -100 if padding or t + 1 == end else source[t + 1]
+
+
+class TokenLoader:
+    """Batches of a weighted mixture of packed corpora by position.
+
+    `weights` are shares of tokens with loss. All corpora must agree in length and vocabulary.
+    """
+
+    def __init__(self, corpora: Sequence[PackedTokens], weights: Sequence[float], seed: int, names: Sequence[str]) -> None:
+        for corpus in corpora:
+            for key in ("length", "vocab_size", "eos_token_id"):
+                if corpus.index.get(key) != corpora[0].index.get(key):
+                    raise ValueError(
+                        f"packed inputs cannot be mixed: {key} is {corpora[0].index.get(key)} in {corpora[0].directory} "
+                        f"and {corpus.index.get(key)} in {corpus.directory}; pack them with one tokenizer and length"
+                    )
+        self.corpora, self.names, self.seed = list(corpora), list(names), seed
+        rows = list(weights) if len(corpora) == 1 else weights_by_tokens(weights, [c.mean_valid_tokens() for c in corpora])
+        self.mixture = Mixture([len(corpus) for corpus in corpora], rows, seed, names)
+        self.length = corpora[0].length
+        self.fingerprint = tables.content_hash(
+            [[corpus.fingerprint() for corpus in corpora], [float(weight) for weight in weights], seed, 1]
+        )
+
+    def locate(self, positions: np.ndarray) -> Draw:
+        """Which row of which corpus the samples at these positions are."""
+        return self.mixture.locate(positions)
+
+    def valid_tokens(self, positions: np.ndarray) -> np.ndarray:
+        """Labels with loss of each sample, int64, without reading its tokens."""
+        draw = self.locate(positions)
+        counts = np.zeros(len(draw.row), np.int64)
+        for index, corpus in enumerate(self.corpora):
+            chosen = np.flatnonzero(draw.source == index)
+            if chosen.size:
+                counts[chosen] = corpus.valid_tokens(draw.row[chosen])
+        return counts
+
+    def batch(self, positions: np.ndarray) -> Batch:
+        """The samples at these positions, in order."""
+        draw = self.locate(positions)
+        shape = (len(draw.row), self.length)
+        batch = Batch(np.empty(shape, np.int64), np.empty(shape, np.int64), np.empty(shape, np.int64), 0)
+        for index, corpus in enumerate(self.corpora):
+            chosen = np.flatnonzero(draw.source == index)
+            if chosen.size:
+                corpus.fill(draw.row[chosen], batch, chosen)
+        return Batch(batch.input_ids, batch.position_ids, batch.labels, int(np.count_nonzero(batch.labels != IGNORE)))
+
+    def state(self, samples: int, tokens: int) -> dict[str, Any]:
+        """All there is to remember of a loader that has given out `samples` samples."""
+        return {"samples": samples, "tokens": tokens, "fingerprint": self.fingerprint}
+
+    def resume(self, state: dict[str, Any]) -> int:
+        """The position to go on from. Raises ValueError when the state is of other data, weights or another seed."""
+        if state["fingerprint"] != self.fingerprint:
+            raise ValueError(
+                f"the checkpoint's loader read other data (fingerprint {state['fingerprint']}, now {self.fingerprint}): "
+                "inputs, weights or seed have changed; start this stage in a new directory"
+            )
+        return int(state["samples"])
+
+
+def rank_positions(step: int, batch: int, rank: int, world: int) -> np.ndarray:
+    """The positions that one of `world` workers takes of global batch `step`: a contiguous share of it.
+
+    Raises ValueError when `world` does not divide `batch`.
+    """
+    if batch % world:
+        divisors = [n for n in range(1, batch + 1) if batch % n == 0]
+        raise ValueError(f"a global batch of {batch} does not divide among {world} workers; use one of {divisors}")
+    share = batch // world
+    return np.arange(step * batch + rank * share, step * batch + (rank + 1) * share)
+
+
+def micro_batches(rows: int, largest: int | None) -> list[slice]:
+    """Cut a worker's rows into pieces of at most `largest`, all of about equal size."""
+    pieces = 1 if largest is None else math.ceil(rows / largest)
+    edges = [rows * piece // pieces for piece in range(pieces + 1)]
+    return [slice(a, b) for a, b in itertools.pairwise(edges)]
+
+
+def tokenizer_file(directory: str) -> Path:
+    """The tokenizer.json that a pack (or tokenizer) stage names."""
+    files = shards.load_manifest(directory).files
+    if "tokenizer" not in files:
+        raise ValueError(f"{directory}: the manifest names no tokenizer file")
+    return artifacts.local_file(storage.join(directory, files["tokenizer"]))

@@ -1,0 +1,179 @@
+"""Models: small typed shapes, checkpoints in Hugging Face layout, and the tokenizer that goes with them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig, PreTrainedTokenizerFast, Qwen3Config
+from transformers.modeling_utils import PreTrainedModel
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from cluster import storage
+from operators.config import Settings
+from train import artifacts
+
+END_OF_TEXT, TURN_START, TURN_END, PADDING = "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|pad|>"
+"""The special tokens that Danlu's tokenizers have. `<|endoftext|>` ends a document, `<|im_end|>` a turn."""
+
+CHAT_TEMPLATE = """\
+{%- if tools %}
+{{- '<|im_start|>system\\n' }}
+{%- if messages and messages[0]['role'] == 'system' %}{{- messages[0]['content'] | trim + '\\n\\n' }}{%- endif %}
+{{- 'Tools, as JSON:\\n' }}
+{%- for tool in tools %}{{- tool | tojson + '\\n' }}{%- endfor %}
+{{- '<|im_end|>\\n' }}
+{%- endif %}
+{%- for message in messages %}
+{%- if message['role'] == 'assistant' %}
+{{- '<|im_start|>assistant\\n' }}
+{%- generation %}{{- message['content'] | trim + '<|im_end|>' }}{%- endgeneration %}
+{{- '\\n' }}
+{%- elif not (tools and loop.first and message['role'] == 'system') %}
+{{- '<|im_start|>' + message['role'] + '\\n' + message['content'] | trim + '<|im_end|>\\n' }}
+{%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"""
+"""ChatML. The generation marks enclose what the model must learn to write: the reply and the token that ends it."""
+
+
+class ModelShape(Settings):
+    """A decoder-only transformer: RoPE, grouped-query attention, RMSNorm, SwiGLU."""
+
+    architecture: Literal["llama", "qwen3"] = Field("llama", description="Qwen3 adds RMSNorm on queries and keys.")
+    layers: int = Field(4, ge=1, description="Transformer blocks.")
+    hidden: int = Field(256, ge=8, description="Width of the residual stream.")
+    heads: int = Field(4, ge=1, description="Query heads; must divide `hidden`.")
+    kv_heads: int | None = Field(None, ge=1, description="Key and value heads; must divide `heads`. Default: `heads`.")
+    intermediate: int | None = Field(None, ge=8, description="Width of the MLP. Default: 8/3 hidden, rounded up to 64.")
+    vocab: int | None = Field(None, ge=1, description="Rows of the embedding, at least the tokenizer's size, its default.")
+    context: int | None = Field(None, ge=8, description="Longest position. Default: the packed length.")
+    rope_theta: float = Field(10_000.0, gt=0, description="Base of the rotary frequencies.")
+    tie_embeddings: bool = Field(True, description="One matrix for input and output embeddings.")
+    norm_eps: float = Field(1e-6, gt=0, description="Epsilon of RMSNorm.")
+    initializer: float = Field(0.02, gt=0, description="Standard deviation of initial weights.")
+
+
+def configuration(shape: ModelShape, vocab: int, context: int, eos: int | None, pad: int | None) -> LlamaConfig | Qwen3Config:
+    """The transformers configuration of a shape.
+
+    Raises ValueError when heads do not divide or the embedding is smaller than the tokenizer.
+    """
+    kv_heads = shape.kv_heads or shape.heads
+    if shape.hidden % shape.heads or shape.heads % kv_heads:
+        raise ValueError(
+            f"model: heads ({shape.heads}) must divide hidden ({shape.hidden}) and kv_heads ({kv_heads}) must divide heads"
+        )
+    if shape.vocab is not None and shape.vocab < vocab:
+        raise ValueError(f"model.vocab is {shape.vocab}, but the tokenizer has {vocab} tokens")
+    if shape.context is not None and shape.context < context:
+        raise ValueError(f"model.context is {shape.context}, but packed sequences are {context} tokens long")
+    common: dict[str, Any] = {
+        "vocab_size": shape.vocab or vocab,
+        "hidden_size": shape.hidden,
+        "intermediate_size": shape.intermediate or -(-shape.hidden * 8 // (3 * 64)) * 64,
+        "num_hidden_layers": shape.layers,
+        "num_attention_heads": shape.heads,
+        "num_key_value_heads": kv_heads,
+        "head_dim": shape.hidden // shape.heads,
+        "max_position_embeddings": shape.context or context,
+        "initializer_range": shape.initializer,
+        "rms_norm_eps": shape.norm_eps,
+        "tie_word_embeddings": shape.tie_embeddings,
+        "rope_parameters": {"rope_type": "default", "rope_theta": shape.rope_theta},
+        "bos_token_id": None,
+        "eos_token_id": eos,
+        "pad_token_id": pad,
+    }
+    return LlamaConfig(**common) if shape.architecture == "llama" else Qwen3Config(**common, use_sliding_window=False)
+
+
+def create(config: LlamaConfig | Qwen3Config, seed: int) -> PreTrainedModel:
+    """A model with fresh float32 weights, the same for one seed on every worker."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=torch.float32)
+
+
+def load(path: str) -> PreTrainedModel:
+    """A checkpoint in Hugging Face layout from a local directory or URI, float32, without remote code or network.
+
+    Raises FileNotFoundError naming what is absent.
+    """
+    directory = model_directory(path)
+    return AutoModelForCausalLM.from_pretrained(
+        directory, local_files_only=True, trust_remote_code=False, dtype=torch.float32, attn_implementation="sdpa"
+    )
+
+
+def model_directory(path: str) -> Path:
+    """The local directory of a checkpoint. Raises FileNotFoundError when it is no model in Hugging Face layout."""
+    try:
+        directory = artifacts.local_directory(path)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"no model at {path}: the directory does not exist") from None
+    if not (directory / "config.json").is_file():
+        raise FileNotFoundError(f"no model at {path}: it has no config.json (Hugging Face layout is expected)")
+    if not any(directory.glob("*.safetensors")):
+        raise FileNotFoundError(f"no model at {path}: it has no *.safetensors file")
+    return directory
+
+
+def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a checkpoint directory."""
+    return AutoTokenizer.from_pretrained(model_directory(path), local_files_only=True, trust_remote_code=False)
+
+
+def wrap_tokenizer(file: Path) -> PreTrainedTokenizerBase:
+    """A transformers tokenizer around a `tokenizer.json`. Raises ValueError when it has no `<|endoftext|>`."""
+    known = {item["content"] for item in json.loads(file.read_text(encoding="utf-8"))["added_tokens"]}
+    if END_OF_TEXT not in known:
+        raise ValueError(f"{file}: the tokenizer has no special token {END_OF_TEXT}; it has {sorted(known)}")
+    return PreTrainedTokenizerFast(
+        tokenizer_file=str(file),
+        eos_token=END_OF_TEXT,
+        pad_token=PADDING if PADDING in known else END_OF_TEXT,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def as_chat(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
+    """Give tokenizer and model what a chat needs: the template, and the end of a turn as a stop token.
+
+    A tokenizer that has a template with generation marks keeps it. Raises ValueError when the tokens of ChatML are absent.
+    """
+    if tokenizer.chat_template and "generation" in str(tokenizer.chat_template) and "endgeneration" in str(tokenizer.chat_template):
+        return
+    vocabulary = tokenizer.get_vocab()
+    missing = [token for token in (TURN_START, TURN_END) if token not in vocabulary]
+    if missing:
+        raise ValueError(
+            f"the tokenizer lacks the special tokens {missing} that a conversation needs; train it with them, or use a "
+            "model whose tokenizer has a chat template with {% generation %} marks"
+        )
+    tokenizer.chat_template = CHAT_TEMPLATE
+    stops = {vocabulary[TURN_END], tokenizer.eos_token_id} - {None}
+    model.generation_config = GenerationConfig(
+        eos_token_id=sorted(int(stop) for stop in stops), pad_token_id=tokenizer.pad_token_id, do_sample=False
+    )
+
+
+def export(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, destination: str) -> None:
+    """Write weights (safetensors), configuration and tokenizer in the layout that transformers and vLLM load."""
+    with artifacts.building(destination) as directory:
+        model.save_pretrained(directory)
+        tokenizer.save_pretrained(directory)
+
+
+def parameter_counts(model: torch.nn.Module) -> tuple[int, int]:
+    """(all parameters, those that are trained); tied ones count once."""
+    parameters = list(model.parameters())
+    return sum(p.numel() for p in parameters), sum(p.numel() for p in parameters if p.requires_grad)
+
+
+def exists(path: str) -> bool:
+    """True when a finished export lies at `path`."""
+    return artifacts.is_complete(path) and storage.exists(storage.join(path, "config.json"))

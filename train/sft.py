@@ -1,0 +1,143 @@
+"""Supervised fine-tuning on conversations: loss on what the assistant says, and on nothing else."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from datasets import Dataset
+from pydantic import Field
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+from trl import SFTConfig, SFTTrainer
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+
+from cluster import storage
+from train import finetune, models, samples
+from train.finetune import ArrowSpool, Examples, FinetuneJob, Follow, PlannedTrainer
+from train.loader import IGNORE
+from train.parallel import Workers
+
+_ENCODED = pa.schema([pa.field("input_ids", pa.list_(pa.int32())), pa.field("labels", pa.list_(pa.int32()))])
+
+
+class SftJob(FinetuneJob):
+    """Everything a supervised fine-tuning depends on."""
+
+    neftune_alpha: float | None = Field(None, gt=0, description="NEFTune noise on embeddings (Jain et al. 2023).")
+
+
+class _Trainer(PlannedTrainer, SFTTrainer):  # type: ignore[misc]
+    pass
+
+
+def run(job: SftJob, directory: str, workers: Workers) -> dict[str, Any]:
+    """Fine-tune and export to `directory`/model (adapters merged) and `directory`/adapter.
+
+    TRL divides the loss by the number of assistant tokens of the whole global batch. Called again after a crash it goes
+    on from the last checkpoint; when finished it returns the result on file. Raises JobCancelled, ValueError for inputs
+    without a usable conversation.
+    """
+    finished = workers.share(samples.read_result(directory) if workers.first else None)
+    if finished is not None:
+        return finished
+    root = storage.join(directory, "checkpoints")
+
+    def prepare() -> tuple[Any, ...]:
+        model, tokenizer = models.load(job.model), models.load_tokenizer(job.model)
+        models.as_chat(tokenizer, model)
+        model.config.use_cache = False
+        examples = encode(job, tokenizer)
+        return model, tokenizer, examples, examples.mixture(job)
+
+    model, tokenizer, examples, mixture = workers.together(prepare)
+    generation = model.generation_config
+    follow = Follow(workers, job, root, {"grad_norm": "gradient_norm", "mean_token_accuracy": "accuracy"}, examples)
+    trainer = _Trainer(
+        model=model,
+        args=SFTConfig(
+            **finetune.arguments(job, workers, finetune.output_directory(root)),
+            neftune_noise_alpha=job.neftune_alpha,
+            dataset_kwargs={"skip_prepare_dataset": True},
+            packing=False,
+            shuffle_dataset=False,
+        ),
+        data_collator=DataCollatorForLanguageModeling(pad_token_id=tokenizer.pad_token_id),
+        train_dataset=Dataset(examples.table),
+        processing_class=tokenizer,
+        callbacks=[follow],
+        peft_config=finetune.adapter_config(job.lora),
+    )
+    trainer.job, trainer.order = job, finetune.planned_order(examples, mixture, job)
+    finetune.train(trainer, follow, root, workers)
+
+    def write() -> dict[str, Any]:
+        result = finetune.outcome(job, examples, mixture, follow, trainer.model, workers)
+        finetune.export(trainer.model, tokenizer, directory, generation)
+        samples.write(directory, samples.finetuning(mixture, examples.ids, job.steps, job.batch_examples))
+        return samples.write_result(directory, result)
+
+    result = workers.share(workers.on_first(write))
+    workers.on_first(lambda: storage.delete(root))
+    return result
+
+
+def encode(job: SftJob, tokenizer: PreTrainedTokenizerBase) -> Examples:
+    """Tokenise all inputs, labels on assistant tokens only.
+
+    An example without any (no assistant turn, or all of it beyond `max_length`) is set aside and counted.
+    """
+    spool = ArrowSpool(_ENCODED)
+    ids: list[pa.Array] = []
+    tokens: list[np.ndarray] = []
+    aside: Counter[str] = Counter()
+    for item in job.inputs:
+        kept_ids: list[str] = []
+        kept_tokens: list[int] = []
+        for batch in finetune.rows_of(item.directories, ["id", "messages", "tools"]):
+            rows = finetune.without_control_tokens(batch, ["messages"], tokenizer, aside).to_pydict()
+            encoded = encode_conversations(tokenizer, rows["messages"], rows["tools"])
+            columns: dict[str, list[list[int]]] = {"input_ids": [], "labels": []}
+            for key, (input_ids, labels) in zip(rows["id"], encoded, strict=True):
+                cut = labels[: job.max_length]
+                count = sum(label != IGNORE for label in cut)
+                if not count:
+                    aside["no_assistant_turn" if count == sum(label != IGNORE for label in labels) else "prompt_too_long"] += 1
+                    continue
+                columns["input_ids"].append(input_ids[: job.max_length])
+                columns["labels"].append(cut)
+                kept_ids.append(key)
+                kept_tokens.append(count)
+            spool.write(columns)
+        ids.append(pa.array(kept_ids, pa.string()))
+        tokens.append(np.array(kept_tokens, np.int64))
+    return Examples(spool.finish(), ids, tokens, dict(sorted(aside.items())))
+
+
+def encode_conversations(
+    tokenizer: PreTrainedTokenizerBase, conversations: list[list[dict[str, str]]], tools: list[str | None]
+) -> list[tuple[list[int], list[int]]]:
+    """(input ids, labels) of each conversation by the tokenizer's chat template, whose generation marks give the labels."""
+    plain = [index for index, tool in enumerate(tools) if not tool]
+    result: list[tuple[list[int], list[int]] | None] = [None] * len(conversations)
+
+    def put(indices: list[int], schemas: list[Any] | None) -> None:
+        encoded: Any = tokenizer.apply_chat_template(
+            [conversations[index] for index in indices],
+            tools=schemas,
+            tokenize=True,
+            return_dict=True,
+            return_assistant_tokens_mask=True,
+        )
+        for index, input_ids, mask in zip(indices, encoded["input_ids"], encoded["assistant_masks"], strict=True):
+            labels = [token if marked else IGNORE for token, marked in zip(input_ids, mask, strict=True)]
+            result[index] = (input_ids, labels)
+
+    if plain:
+        put(plain, None)
+    for index, tool in enumerate(tools):
+        if tool:
+            put([index], json.loads(tool))
+    return [item for item in result if item is not None]
