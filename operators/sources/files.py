@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from operators.sources.batches import CONTENT_SCHEMA, TEXT_SCHEMA, BadRow, BatchBuilder, RowRange, SourceBatch, excerpt
 from operators.sources.streams import BrokenStream, read_bounded
+from operators.sources.units import ReadSettings, Unit, default_source
 from operators.tables import stable_id
-
-if TYPE_CHECKING:
-    from operators.sources.units import ReadSettings, Unit
 
 
 def read_html_files(unit: Unit, read: ReadSettings, rows: RowRange, batch_rows: int, batch_bytes: int) -> Iterator[SourceBatch]:
@@ -33,8 +31,6 @@ def read_text_files(unit: Unit, read: ReadSettings, rows: RowRange, batch_rows: 
 
 
 def _read(unit: Unit, read: ReadSettings, rows: RowRange, builder: BatchBuilder, parse: Any) -> Iterator[SourceBatch]:
-    from operators.sources.units import default_source
-
     for row, (path, relative) in enumerate(unit.files):
         if rows.past(row):
             break

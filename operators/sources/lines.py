@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import orjson
 import pyarrow as pa
@@ -12,10 +12,8 @@ import pyarrow as pa
 from cluster import storage
 from operators.sources.batches import EXCERPT_CHARACTERS, TEXT_SCHEMA, BadRow, BatchBuilder, RowRange, SourceBatch, excerpt
 from operators.sources.streams import BLOCK_BYTES, BrokenStream, read_blocks
+from operators.sources.units import ReadSettings, Unit, default_source, is_compressed
 from operators.tables import stable_id
-
-if TYPE_CHECKING:
-    from operators.sources.units import ReadSettings, Unit
 
 _BOM = b"\xef\xbb\xbf"
 _LINE_OVERHEAD_BYTES = 1 << 20  # keys, id and other fields beside the text
@@ -37,8 +35,6 @@ def iter_lines(unit: Unit, max_line_bytes: int) -> Iterator[Line]:
     Lines end in LF or CRLF. Of a longer line than `max_line_bytes` only the beginning is kept, never the whole in memory.
     Raises BrokenStream for compressed files, after the last whole line.
     """
-    from operators.sources.units import is_compressed
-
     if is_compressed(unit.path):
         yield from _split(read_blocks(unit.path), 0, None, max_line_bytes)
         return
@@ -158,8 +154,6 @@ def _decode(data: bytes, offset: int) -> str:
 
 class _TextParser:
     def __init__(self, unit: Unit, read: ReadSettings) -> None:
-        from operators.sources.units import default_source
-
         self._relative, self._source = unit.relative, read.source or default_source(unit.relative)
 
     def __call__(self, line: Line) -> tuple[Any, ...]:
@@ -168,8 +162,6 @@ class _TextParser:
 
 class _JsonParser:
     def __init__(self, unit: Unit, read: ReadSettings) -> None:
-        from operators.sources.units import default_source
-
         self._relative, self._read = unit.relative, read
         self._source = read.source or default_source(unit.relative)
         self._source_column = None if read.source else read.source_column

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
@@ -13,10 +12,8 @@ import pyarrow.parquet as pq
 from cluster import storage
 from operators.config import SettingsError
 from operators.sources.batches import TEXT_SCHEMA, BadRow, RowRange, SourceBatch, excerpt
+from operators.sources.units import ReadSettings, Unit, default_source
 from operators.tables import stable_id
-
-if TYPE_CHECKING:
-    from operators.sources.units import ReadSettings, Unit
 
 _READ_BYTES = 8 << 20
 
@@ -42,10 +39,15 @@ def check_columns(schema: pa.Schema, read: ReadSettings, path: str) -> None:
     fields = type(read).model_fields
     for option in ("id_column", "url_column", "source_column"):
         name = getattr(read, option)
-        if name and name != fields[option].default and name not in schema.names:
+        if not name or name == fields[option].default:
+            continue  # the usual name: used where a file has it
+        if name not in schema.names:
             refuse(option, name, "there is no column")
-    for name, kind in read.carried():
-        if name not in schema.names and kind is None:
+        kind = schema.field(name).type
+        if not (_is_text(kind) or (option == "id_column" and pa.types.is_integer(kind))):
+            refuse(option, name, f"text is wanted, not {kind}, in column")
+    for name, declared in read.carried():
+        if name not in schema.names and declared is None:
             refuse("columns", name, "there is no column")
 
 
@@ -97,9 +99,7 @@ def _pieces(unit: Unit, read: ReadSettings) -> Iterator[tuple[int, pa.Table] | B
             size = max(1, min(2048, _READ_BYTES * metadata.num_rows // max(1, metadata.total_byte_size)))
             done = 0
             try:
-                for batch in file.iter_batches(
-                    batch_size=size, row_groups=[group], columns=list(dict.fromkeys(columns)), use_threads=False
-                ):
+                for batch in file.iter_batches(size, [group], columns, use_threads=False):
                     yield first + done, pa.Table.from_batches([batch])
                     done += batch.num_rows
             except (pa.ArrowException, OSError) as error:
@@ -116,9 +116,7 @@ def _first_line(error: BaseException) -> str:
 
 def _text_array(column: pa.ChunkedArray) -> pa.Array:
     """Any string-like column as one large_binary array (Parquet does not promise that strings are UTF-8)."""
-    array = column.combine_chunks()
-    if isinstance(array, pa.ChunkedArray):
-        array = array.chunk(0) if array.num_chunks else pa.array([], array.type)
+    array = _one_array(column)
     if pa.types.is_dictionary(array.type):
         array = array.dictionary_decode()
     return array.cast(pa.large_binary())
@@ -140,79 +138,96 @@ def _invalid_utf8(array: pa.Array) -> dict[int, str]:
         return found
 
 
+class _Columns:
+    """One table's columns as documents need them; rows that cannot be read gather in `problems` as (reason, detail)."""
+
+    def __init__(self, unit: Unit, read: ReadSettings, table: pa.Table) -> None:
+        self.unit, self.read, self.table = unit, read, table
+        self.problems: dict[int, tuple[str, str]] = {}
+
+    def text(self) -> pa.Array:
+        """large_binary; UTF-8 wherever there is no problem."""
+        limit, name = self.read.max_text_bytes, self.read.text_column
+        array = _text_array(self.table[name])
+        lengths = pc.fill_null(pc.binary_length(array), 0).to_numpy()
+        for row in np.flatnonzero(lengths > limit).tolist():
+            self.problems[row] = ("too_long", f"the text has {lengths[row]} bytes, more than read.max_text_bytes {limit}")
+        for row in np.flatnonzero(array.is_null().to_numpy(zero_copy_only=False)).tolist():
+            self.problems[row] = ("missing_text", f"column {name!r} is null")
+        self._check_utf8(name, array)
+        return array
+
+    def _check_utf8(self, name: str, array: pa.Array) -> dict[int, str]:
+        invalid = _invalid_utf8(array)
+        for row, detail in invalid.items():
+            self.problems.setdefault(row, ("invalid_utf8", f"column {name!r}: {detail}"))
+        return invalid
+
+    def strings(self, name: str | None, kind: pa.DataType | None = None) -> pa.Array:
+        """A column as strings (numbers spelled out), null where there is none."""
+        kind = kind or pa.string()
+        if not name or name not in self.table.column_names:
+            return pa.nulls(self.table.num_rows, kind)
+        column = self.table[name]
+        if not _is_text(column.type):
+            return _one_array(column.cast(kind)) if pa.types.is_integer(column.type) else pa.nulls(len(column), kind)
+        array = _text_array(column)
+        return _without(array, self._check_utf8(name, array)).cast(kind)
+
+    def carried(self, field: pa.Field) -> pa.Array:
+        """A column of `read.columns` in its wanted type. Raises SettingsError when it has no such values."""
+        if field.name not in self.table.column_names:
+            return pa.nulls(self.table.num_rows, field.type)
+        column = self.table[field.name]
+        if _is_text(column.type) and (pa.types.is_string(field.type) or pa.types.is_large_string(field.type)):
+            return self.strings(field.name, field.type)
+        try:
+            return _one_array(column.cast(field.type))
+        except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+            problem = f"column {field.name!r} cannot be read as {field.type} (read.columns): {_first_line(error)}"
+            raise SettingsError(f"{self.unit.path}: {problem}") from None
+
+
 def _batches(
     unit: Unit, read: ReadSettings, table: pa.Table, numbers: np.ndarray, physical: np.ndarray, batch_rows: int, batch_bytes: int
 ) -> Iterator[SourceBatch]:
-    names = set(table.column_names)
-    text = _text_array(table[read.text_column])
-    lengths = pc.fill_null(pc.binary_length(text), 0).to_numpy()
-    problems: dict[int, tuple[str, str]] = {}
-    for position in np.flatnonzero(lengths > read.max_text_bytes).tolist():
-        problems[position] = (
-            "too_long",
-            f"the text has {lengths[position]} bytes, more than read.max_text_bytes {read.max_text_bytes}",
-        )
-    for position in np.flatnonzero(text.is_null().to_numpy(zero_copy_only=False)).tolist():
-        problems[position] = ("missing_text", f"column {read.text_column!r} is null")
-
-    def strings(name: str | None) -> pa.Array | None:
-        """A column as strings; rows that are not UTF-8 become problems."""
-        if not name or name not in names:
-            return None
-        column = table[name]
-        if pa.types.is_integer(column.type):
-            return column.cast(pa.string()).combine_chunks()
-        if not _is_text(column.type):
-            return None
-        array = _text_array(column)
-        invalid = _invalid_utf8(array)
-        for position, detail in invalid.items():
-            problems.setdefault(position, ("invalid_utf8", f"column {name!r}: {detail}"))
-        if invalid:
-            array = pc.if_else(pa.array(_not_in(invalid, len(array))), array, pa.scalar(None, pa.large_binary()))
-        return array.cast(pa.string())
-
-    for position, detail in _invalid_utf8(text).items():
-        problems.setdefault(position, ("invalid_utf8", f"column {read.text_column!r}: {detail}"))
-    ids = strings(read.id_column)
-    urls = strings(read.url_column)
-    sources = None if read.source else strings(read.source_column)
-    count = table.num_rows
-    if ids is None:
-        ids = pa.nulls(count, pa.string())
-    missing = pc.or_(pc.is_null(ids), pc.equal(ids, "")).fill_null(True).to_numpy(zero_copy_only=False)
+    """Documents of one table; `numbers` are its rows' numbers in the unit, `physical` in the file."""
+    columns = _Columns(unit, read, table)
+    text = columns.text()
+    ids = columns.strings(read.id_column)
+    missing = pc.fill_null(pc.equal(ids, ""), True).to_numpy(zero_copy_only=False)
     if missing.any():
         made = [stable_id(unit.relative, int(number)) if absent else None for number, absent in zip(physical, missing, strict=True)]
         ids = pc.if_else(pa.array(missing), pa.array(made, pa.string()), ids)
-    from operators.sources.units import default_source
-
-    source = pa.scalar(read.source or default_source(unit.relative))
-    sources = pc.if_else(pc.equal(sources, ""), source, sources) if sources is not None else pa.nulls(count, pa.string())
-    sources = pc.fill_null(sources, source)
-    kept = _not_in(problems, count)
-    bad = []
-    for position in sorted(problems):
-        raw = text[position].as_py()
-        where = f"{unit.relative}: row {physical[position]}"
-        head = None if raw is None else excerpt(raw)
-        bad.append(BadRow(int(numbers[position]), ids[position].as_py(), where, *problems[position], raw=head))
-    selected = pa.array(kept)
-    columns: list[pa.Array] = [ids.filter(selected), text.filter(selected).cast(pa.large_string()), sources.filter(selected)]
-    columns.append((urls if urls is not None else pa.nulls(count, pa.string())).filter(selected))
+    source = columns.strings(None if read.source else read.source_column)
+    named = pc.fill_null(pc.not_equal(source, ""), False)
+    source = pc.if_else(named, source, pa.scalar(read.source or default_source(unit.relative)))
+    url = columns.strings(read.url_column)
     schema = _schema(read, table.schema)
-    for name, _ in read.carried():
-        wanted = schema.field(name).type
-        if name not in names:
-            columns.append(pa.nulls(int(kept.sum()), wanted))
-            continue
-        try:
-            columns.append(table[name].filter(selected).cast(wanted).combine_chunks())
-        except pa.ArrowInvalid as error:
-            raise SettingsError(
-                f"{unit.path}: column {name!r} cannot be read as {wanted} (read.columns): {_first_line(error)}"
-            ) from None
-    good = pa.Table.from_arrays(columns, schema=schema)
-    yield from _cut(good, numbers[kept], bad, lengths[kept], batch_rows, batch_bytes)
+    carried = [columns.carried(schema.field(name)) for name, _ in read.carried()]
+    bad = []
+    for row, (reason, detail) in sorted(columns.problems.items()):
+        raw = text[row].as_py()
+        where = f"{unit.relative}: row {physical[row]}"
+        bad.append(BadRow(int(numbers[row]), ids[row].as_py(), where, reason, detail, None if raw is None else excerpt(raw)))
+    kept = _not_in(columns.problems, table.num_rows)
+    good = [column.filter(pa.array(kept)) for column in (ids, text, source, url, *carried)]
+    good[1] = good[1].cast(pa.large_string())
+    lengths = pc.binary_length(good[1]).to_numpy()
+    yield from _cut(pa.Table.from_arrays(good, schema=schema), numbers[kept], bad, lengths, batch_rows, batch_bytes)
+
+
+def _without(array: pa.Array, rows: Iterable[int]) -> pa.Array:
+    """The array with some rows made null."""
+    rows = list(rows)
+    return pc.if_else(pa.array(_not_in(rows, len(array))), array, pa.scalar(None, array.type)) if rows else array
+
+
+def _one_array(column: pa.ChunkedArray) -> pa.Array:
+    array = column.combine_chunks()
+    if isinstance(array, pa.ChunkedArray):  # no chunk at all
+        array = pa.concat_arrays(array.chunks) if array.num_chunks else pa.array([], array.type)
+    return array
 
 
 def _not_in(problems: Iterable[int], count: int) -> np.ndarray:

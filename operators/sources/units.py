@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import itertools
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -21,7 +22,7 @@ from pydantic import Field
 
 from cluster import storage
 from operators.config import Settings, SettingsError
-from operators.sources.batches import SourceBatch
+from operators.sources.batches import RowRange, SourceBatch
 from operators.tables import content_hash
 
 Format = Literal["auto", "warc", "wet", "jsonl", "parquet", "html", "text"]
@@ -149,37 +150,36 @@ def find_files(patterns: str | Sequence[str], base_directory: str, format_: str 
             entries = storage.list_files(full)
         except FileNotFoundError:
             raise FileNotFoundError(f"no file matches {pattern!r} (below {base_directory})") from None
-        if any(entry.path != full for entry in entries) and not any(mark in pattern for mark in "*?["):
-            entries = [entry for entry in entries if _format_by_name(entry.relative) in _accepted(format_)]
+        is_directory = [entry.path for entry in entries] != [full] and not any(mark in pattern for mark in "*?[")
+        if is_directory:
+            entries = [entry for entry in entries if _fits(entry.relative, format_)]
             if not entries:
-                raise FileNotFoundError(f"directory {pattern!r} (below {base_directory}) holds no {format_} file")
+                kind = "readable" if format_ == "auto" else format_
+                raise FileNotFoundError(f"directory {pattern!r} (below {base_directory}) holds no {kind} file")
         for entry in entries:
-            found.setdefault(entry.path, entry)
-    return [InputFile(entry.path, name, entry.size, entry.mtime_ns) for entry, name in _distinct(list(found.values()))]
+            found.setdefault(_place(entry), entry)
+    names = _distinct({place: entry.relative for place, entry in found.items()})
+    return [InputFile(entry.path, names[place], entry.size, entry.mtime_ns) for place, entry in found.items()]
 
 
-def _accepted(format_: str) -> tuple[str, ...]:
-    return tuple(set(_FORMATS.values())) if format_ == "auto" else (format_,)
+def _place(entry: storage.FileEntry) -> str:
+    """One spelling for one file, however its pattern was written."""
+    return entry.path if storage.is_remote(entry.path) else storage.resolve(entry.path)[1]
 
 
-def _distinct(entries: list[storage.FileEntry]) -> list[tuple[storage.FileEntry, str]]:
-    names = [entry.relative for entry in entries]
-    depth = 0
-    while len(set(names)) < len(names):
-        depth += 1
-        count = {name: names.count(name) for name in set(names)} if len(names) < 1000 else _count(names)
-        names = [
-            "/".join(entry.path.split("/")[-(entry.relative.count("/") + 1 + depth) :]) if count[name] > 1 else name
-            for entry, name in zip(entries, names, strict=True)
-        ]
-    return list(zip(entries, names, strict=True))
+def _fits(name: str, format_: str) -> bool:
+    found = _format_by_name(name)
+    return found is not None if format_ == "auto" else found == format_
 
 
-def _count(names: list[str]) -> dict[str, int]:
-    counts: dict[str, int] = {}
-    for name in names:
-        counts[name] = counts.get(name, 0) + 1
-    return counts
+def _distinct(names: dict[str, str]) -> dict[str, str]:
+    """{place: name} with parent folders put before names that occur twice."""
+    while len(set(names.values())) < len(names):
+        count = Counter(names.values())
+        for place, name in names.items():
+            if count[name] > 1:
+                names[place] = "/".join(place.split("/")[-(name.count("/") + 2) :])
+    return names
 
 
 def file_identities(patterns: str | Sequence[str], base_directory: str) -> list[dict[str, Any]]:
@@ -218,39 +218,53 @@ def plan_units(read: ReadSettings, base_directory: str, limit_rows: int | None =
     With `limit_rows` the plan ends where that many rows (readable or not) have been planned.
     Raises FileNotFoundError when a pattern matches nothing and SettingsError when a Parquet file lacks a named column.
     """
+    planned = (dataclasses.replace(unit, index=index) for index, unit in enumerate(_plan(read, base_directory)))
+    if limit_rows is None:
+        return list(planned)
     units: list[Unit] = []
-    small: list[InputFile] = []
+    left = limit_rows
+    for unit in planned:
+        if left <= 0:
+            break
+        rows = sum(len(batch.rows) + len(batch.bad) for batch in read_unit(unit, read, stop_row=left))
+        if rows >= left:
+            unit = dataclasses.replace(unit, limit=left, key=content_hash([unit.key, "limit", left]))
+        units.append(unit)
+        left -= rows
+    return units
 
-    def add(file: InputFile, kind: str, start: int, stop: int, size: int, identity: Any, files: Sequence[InputFile] = ()) -> None:
+
+def _plan(read: ReadSettings, base_directory: str) -> Iterator[Unit]:
+    """All units, numbered later."""
+
+    def make(file: InputFile, kind: str, cut: tuple[int, int, int], identity: Any, files: Sequence[InputFile] = ()) -> Unit:
+        start, stop, size = cut
         key = content_hash({"start": start, "stop": stop, "format": kind, "file": identity})
-        named = tuple((item.path, item.relative) for item in files)
-        units.append(Unit(len(units), file.path, file.relative, kind, start, stop, size, key, named))
+        return Unit(0, file.path, file.relative, kind, start, stop, size, key, tuple((item.path, item.relative) for item in files))
 
-    def add_small() -> None:
-        if small:
-            kind = "html" if format_of(small[0].relative, read) == "html" else "text_files"
-            size = sum(file.size for file in small)
-            add(small[0], kind, 0, len(small), size, [file.identity() for file in small], list(small))
-            small.clear()
+    def together(files: list[InputFile]) -> Unit:
+        kind = "html" if format_of(files[0].relative, read) == "html" else "text_files"
+        cut = (0, len(files), sum(file.size for file in files))
+        return make(files[0], kind, cut, [file.identity() for file in files], files)
 
+    small: list[InputFile] = []  # whole files as documents: many make a unit
     for file in find_files(read.patterns(), base_directory, read.format):
         kind = format_of(file.relative, read)
-        if kind == "html" or (kind == "text" and read.one_document_per == "file"):
-            full = sum(item.size for item in small) + file.size > read.max_unit_bytes or len(small) >= _MAX_FILES_A_UNIT
-            if small and (full or format_of(small[0].relative, read) != kind):
-                add_small()
+        one_document = kind == "html" or (kind == "text" and read.one_document_per == "file")
+        if small:
+            size = sum(item.size for item in small) + file.size
+            full = size > read.max_unit_bytes or len(small) >= _MAX_FILES_A_UNIT
+            if full or not one_document or format_of(small[0].relative, read) != kind:
+                yield together(small)
+                small = []
+        if one_document:
             small.append(file)
             continue
-        add_small()
         identity = file.identity()
-        for start, stop, size in _cuts(file, kind, read):
-            add(file, kind, start, stop, size, identity)
-        if limit_rows is not None:
-            limited = _limit(units, read, limit_rows)
-            if limited is not None:
-                return limited
-    add_small()
-    return units if limit_rows is None else _limit(units, read, limit_rows) or units
+        for cut in _cuts(file, kind, read):
+            yield make(file, kind, cut, identity)
+    if small:
+        yield together(small)
 
 
 def _cuts(file: InputFile, kind: str, read: ReadSettings) -> list[tuple[int, int, int]]:
@@ -286,20 +300,6 @@ def _row_group_cuts(file: InputFile, read: ReadSettings) -> list[tuple[int, int,
     return cuts
 
 
-def _limit(units: list[Unit], read: ReadSettings, limit_rows: int) -> list[Unit] | None:
-    """The first units that hold `limit_rows` rows, the last one capped; None if they hold fewer."""
-    left = limit_rows
-    for position, unit in enumerate(units):
-        rows = 0
-        for batch in read_unit(unit, read, stop_row=left):
-            rows += len(batch.rows) + len(batch.bad)
-        if rows >= left:
-            capped = dataclasses.replace(unit, limit=left, key=content_hash([unit.key, "limit", left]))
-            return [*units[:position], capped]
-        left -= rows
-    return None
-
-
 def read_unit(
     unit: Unit,
     read: ReadSettings,
@@ -318,8 +318,6 @@ def read_unit(
         stop_row = unit.limit if stop_row is None else min(stop_row, unit.limit)
     module, _, function = _READERS[unit.format].partition(":")
     reader: Callable[..., Iterator[SourceBatch]] = getattr(importlib.import_module(module), function)
-    from operators.sources.batches import RowRange
-
     yield from reader(unit, read, RowRange(start_row, stop_row, skip_rows), batch_rows, batch_bytes)
 
 

@@ -7,17 +7,15 @@ import re
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import brotli
 from fastwarc.warc import ArchiveIterator, WarcRecord, WarcRecordType
 
 from cluster import storage
 from operators.sources.batches import CONTENT_SCHEMA, TEXT_SCHEMA, BadRow, BatchBuilder, RowRange, SourceBatch, excerpt
+from operators.sources.units import ReadSettings, Unit, default_source
 from operators.tables import stable_id
-
-if TYPE_CHECKING:
-    from operators.sources.units import ReadSettings, Unit
 
 _PAGES = WarcRecordType.response | WarcRecordType.resource | WarcRecordType.conversion
 _SEARCH_BYTES = 1 << 20
@@ -33,7 +31,6 @@ class _Damage:
     start: int
     stop: int  # where reading goes on; the file's size if nowhere
     problem: str
-    truncated: bool
 
 
 @dataclass(frozen=True)
@@ -55,8 +52,8 @@ def read_warc(unit: Unit, read: ReadSettings, rows: RowRange, batch_rows: int, b
         if rows.wants(row):
             if isinstance(item, _Damage):
                 place = f"{unit.relative}: bytes {item.start} to {item.stop}"
-                reason = "truncated" if item.truncated else "broken_record"
-                builder.add_bad(BadRow(row, stable_id(unit.relative, item.start), place, reason, item.problem))
+                id_ = stable_id(unit.relative, "damage", item.start)
+                builder.add_bad(BadRow(row, id_, place, "broken_record", item.problem))
             else:
                 _add(builder, row, item, unit, read, text)
         if builder.full:
@@ -66,8 +63,6 @@ def read_warc(unit: Unit, read: ReadSettings, rows: RowRange, batch_rows: int, b
 
 
 def _add(builder: BatchBuilder, row: int, page: _Page, unit: Unit, read: ReadSettings, text: bool) -> None:
-    from operators.sources.units import default_source
-
     record = page.record
     id_ = _identifier(record.record_id) or stable_id(unit.relative, page.offset, row)
     where = f"{unit.relative}: record at byte {page.offset}"
@@ -249,7 +244,7 @@ def _records(unit: Unit, kinds: Any) -> Iterator[_Page | _Damage]:
                 start = _next_start(stream, last + 1, size)
                 first = last if damage is None else damage.start
                 problem = f"no record can be read after the start of the one at byte {first}: {error}"
-                damage = _Damage(first, start, problem if damage is None else damage.problem, start == size)
+                damage = _Damage(first, start, problem if damage is None else damage.problem)
         if damage is not None:
             yield damage
 
