@@ -1,0 +1,212 @@
+"""The run report: one HTML file that needs nothing but itself.
+
+Every number comes from the manifests and timings of the run's stages; example rows come from the beginnings of a few
+files. All text is escaped, invisible characters are spelled out, and a content security policy that knows the page's own
+style and script by their hashes forbids everything else, so that no text of a corpus can ever act.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from markupsafe import Markup
+
+from cluster import storage
+from pipelines.report import (
+    accounts,
+    charts,
+    corpus,
+    dialogues,
+    differences,
+    evaluation,
+    excerpts,
+    figures,
+    lineage,
+    resources,
+    training,
+)
+from pipelines.report.view import SYNTHESIS_KINDS, TRAINING_KINDS, RunView, StageView, load_run
+
+_HERE = Path(__file__).parent
+MAX_CLUSTER_BINS = 24
+_POLICY = "default-src 'none'; base-uri 'none'; form-action 'none'"
+
+
+def build_report(run_directory: str) -> str:
+    """Write `report.html` into `runs/NAME` and return its path.
+
+    Runs that failed or have not finished get a report that says so. Raises FileNotFoundError when the directory holds
+    no run.json, ValueError when that is damaged.
+    """
+    run = load_run(run_directory)
+    path = storage.join(run.directory, "report.html")
+    storage.write_bytes(path, render(run).encode("utf-8"))
+    return path
+
+
+def render(run: RunView) -> str:
+    """The page as text."""
+    css, script = (_HERE / "report.css").read_text("utf-8"), (_HERE / "report.js").read_text("utf-8")
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(_HERE),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        finalize=_shown,
+    )
+    environment.globals.update(_functions())
+    rows = accounts.accounts(run)
+    usages, placed = resources.usages(run)
+    page = environment.get_template("page.jinja").render(
+        run=run,
+        policy=f"{_POLICY}; style-src 'sha256-{_hash(css)}'; script-src 'sha256-{_hash(script)}'",
+        css=Markup(css),
+        script=Markup(script),
+        sections=_sections(run),
+        verdict=accounts.verdict(run),
+        started=_moment(run.started),
+        problems=accounts.stage_problems(run),
+        unfinished=[stage for stage in run.stages if stage.status in ("pending", "running", "failed")],
+        figures=accounts.key_figures(run),
+        lineage=lineage.drawing(run),
+        accounts={account.stage.name: account for account in rows},
+        balances=accounts.balances(run),
+        corpus_stages=run.of_kind("corpus"),
+        dedup_stages=run.of_kind("dedup"),
+        token_stages=run.of_kind("tokenizer", "pack"),
+        synthesis_stages=run.of_kind(*SYNTHESIS_KINDS),
+        preference_stages=run.of_kind("preferences"),
+        training_stages=run.of_kind(*TRAINING_KINDS),
+        training_summaries=training.summaries(run),
+        training_panels=training.panels(run),
+        training_kinds=TRAINING_KINDS,
+        evaluate_stages=run.of_kind("evaluate"),
+        usages=usages,
+        usages_placed=placed,
+        versions=resources.versions(run),
+        gpus=_gpus(run.machine.get("gpus")),
+    )
+    return page
+
+
+def _sections(run: RunView) -> list[str]:
+    """Sections whose kinds of stage the recipe has, in reading order."""
+    kinds = {stage.kind for stage in run.stages}
+    wanted = {
+        "corpus": {"corpus"},
+        "duplicates": {"dedup"},
+        "tokens": {"tokenizer", "pack"},
+        "synthesis": set(SYNTHESIS_KINDS),
+        "preferences": {"preferences"},
+        "training": set(TRAINING_KINDS),
+        "evaluation": {"evaluate"},
+    }
+    return ["lineage", "ledger", *(key for key, needs in wanted.items() if needs & kinds), "resources", "recipe"]
+
+
+def _functions() -> dict[str, Any]:
+    """What templates may call."""
+    return {
+        "t": excerpts.translated,
+        "term": excerpts.term,
+        "excerpt": excerpts.excerpt,
+        "marked": excerpts.marked,
+        "number": figures.number,
+        "percent": figures.percent,
+        "duration": figures.duration,
+        "size": figures.size,
+        "anchor": lineage.anchor,
+        "histogram": charts.histogram,
+        "rate": charts.rate,
+        "bar": _bar,
+        "stacked": _stacked,
+        "distribution": corpus.distribution,
+        "funnel": corpus.funnel,
+        "reasons": corpus.reasons,
+        "quarantined": corpus.quarantined,
+        "lengths": corpus.lengths,
+        "tenths": corpus.tenths,
+        "numeric_order": corpus.numeric_order,
+        "ordered": lambda counts: [(key, counts[key]) for key in corpus.numeric_order(counts)],
+        "cluster_bins": cluster_bins,
+        "duplicate_examples": duplicate_examples,
+        "dialogues": dialogues.dialogues,
+        "pairs": dialogues.pairs,
+        "measure_title": training.measure_title,
+        "models": evaluation.models,
+        "perplexities": evaluation.perplexities,
+        "perplexity_chart": lambda stage: evaluation.perplexity_chart(
+            stage, lambda row: " ".join(filter(None, (row.lang, row.source)))
+        ),
+        "model_legend": lambda names: [(evaluation.style(index), name) for index, name in enumerate(names)],
+        "style": evaluation.style,
+        "samples": evaluation.samples,
+    }
+
+
+def _shown(value: Any) -> Any:
+    """Applied by the template engine to everything it prints: invisible characters in any plain string are spelled out."""
+    return excerpts.visible(value) if type(value) is str else value
+
+
+def _bar(value: figures.Number, total: figures.Number, style: str) -> Markup:
+    return charts.bar([charts.Segment(value, style, f"{figures.number(value)} · {figures.percent(value, total)}")], total)
+
+
+def _stacked(pieces: list[tuple[figures.Number, str, str]]) -> Markup:
+    total = sum(value for value, _, _ in pieces)
+    return charts.bar(
+        [
+            charts.Segment(value, style, f"{name} {figures.number(value)} · {figures.percent(value, total)}")
+            for value, style, name in pieces
+        ],
+        total,
+    )
+
+
+def cluster_bins(clusters: dict[str, figures.Number]) -> list[tuple[str, figures.Number]]:
+    """Cluster sizes in order; where there are many, those from some size on stand together."""
+    keys = corpus.numeric_order(clusters)
+    bins = [(key, clusters[key]) for key in keys[:MAX_CLUSTER_BINS]]
+    if len(keys) > MAX_CLUSTER_BINS:
+        bins[-1] = (f"≥{keys[MAX_CLUSTER_BINS - 1]}", sum(clusters[key] for key in keys[MAX_CLUSTER_BINS - 1 :]))
+    return bins
+
+
+def duplicate_examples(stage: StageView) -> list[dict[str, Any]]:
+    """Example pairs of a dedup stage with their differences."""
+    return [
+        {
+            "kept": item.get("kept"),
+            "removed": item.get("removed"),
+            "similarity": item.get("similarity"),
+            "pieces": differences.difference(str(item.get("kept_text") or ""), str(item.get("removed_text") or "")),
+        }
+        for item in stage.stats.get("examples", [])[:5]
+        if isinstance(item, dict)
+    ]
+
+
+def _moment(written: str) -> str:
+    """An ISO time without its fractions of a second."""
+    try:
+        return datetime.fromisoformat(written).replace(microsecond=0).isoformat(sep=" ")
+    except ValueError:
+        return written
+
+
+def _gpus(value: Any) -> str:
+    if isinstance(value, list):
+        return ", ".join(str(item.get("name", item)) if isinstance(item, dict) else str(item) for item in value)
+    return str(value) if value else ""
+
+
+def _hash(content: str) -> str:
+    """The hash by which a content security policy knows an inline style or script."""
+    return base64.b64encode(hashlib.sha256(content.encode("utf-8")).digest()).decode("ascii")

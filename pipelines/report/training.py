@@ -1,0 +1,130 @@
+"""Training curves: stages of one kind share a chart, one line each."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from markupsafe import Markup
+
+from pipelines.report import charts
+from pipelines.report.charts import Series
+from pipelines.report.excerpts import translated
+from pipelines.report.figures import Number, number
+from pipelines.report.view import TRAINING_KINDS, RunView, StageView
+
+_AXES = {"step", "tokens", "samples", "epoch", "seconds", "time"}  # what curves run along, not what they show
+_FIRST = ("loss", "learning_rate")
+TABLE_ROWS = 12
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One measured quantity of the stages of one kind."""
+
+    kind: str
+    measure: str
+    chart: Markup
+    legend: list[tuple[str, str]]  # (style, stage name)
+    table: list[list[str]]  # step, then one value a stage
+    names: list[str]
+    stages: list[str]
+
+
+def panels(run: RunView) -> list[Panel]:
+    """Loss first, then the learning rate, then whatever else the curves hold."""
+    found = []
+    for kind in TRAINING_KINDS:
+        stages = [stage for stage in run.of_kind(kind) if curve(stage)]
+        measures = [name for name in _FIRST if any(_points(stage, name) for stage in stages)]
+        others = {name for stage in stages for point in curve(stage) for name in point} - _AXES - set(_FIRST)
+        measures += sorted(name for name in others if any(len(_points(stage, name)) > 1 for stage in stages))
+        for measure in measures:
+            series = [
+                Series(stage.name if len(stages) > 1 else "", f"s{index % 8 + 1}", _points(stage, measure))
+                for index, stage in enumerate(stages)
+            ]
+            series = [line for line in series if line.points]
+            found.append(
+                Panel(
+                    kind,
+                    measure,
+                    charts.lines(series, x_name="step", y_from_zero=measure == "learning_rate"),
+                    [(line.style, line.name) for line in series if line.name],
+                    _table(series),
+                    [line.name or measure for line in series],
+                    [stage.name for stage in stages],
+                )
+            )
+    return found
+
+
+def curve(stage: StageView) -> list[dict[str, Any]]:
+    """The points of a stage that are points."""
+    points = stage.stats.get("curve", [])
+    return [point for point in points if isinstance(point, dict) and isinstance(point.get("step"), int | float)]
+
+
+def _points(stage: StageView, measure: str) -> list[tuple[float, float]]:
+    points = [(float(point["step"]), point.get(measure)) for point in curve(stage)]
+    return sorted((x, float(y)) for x, y in points if isinstance(y, int | float) and not isinstance(y, bool))
+
+
+def _table(series: list[Series]) -> list[list[str]]:
+    steps = sorted({x for line in series for x, _ in line.points})
+    if len(steps) > TABLE_ROWS:
+        steps = [steps[round(index * (len(steps) - 1) / (TABLE_ROWS - 1))] for index in range(TABLE_ROWS)]
+    tables = [dict(line.points) for line in series]
+    return [[number(step), *(number(table.get(step)) for table in tables)] for step in steps]
+
+
+@dataclass(frozen=True)
+class Summary:
+    stage: StageView
+    parameters: Number
+    trainable: Number
+    steps: Number
+    tokens: Number
+    samples: Number
+    first_loss: float | None
+    last_loss: float | None
+    speed: float | None  # tokens a second
+
+
+def summaries(run: RunView) -> list[Summary]:
+    """One line a training stage."""
+    found = []
+    for stage in run.of_kind(*TRAINING_KINDS):
+        if stage.manifest is None:
+            continue
+        losses = [y for _, y in _points(stage, "loss")]
+        found.append(
+            Summary(
+                stage,
+                parameters=stage.count("parameters"),
+                trainable=stage.count("trainable_parameters"),
+                steps=stage.count("steps"),
+                tokens=stage.count("tokens"),
+                samples=stage.count("samples"),
+                first_loss=losses[0] if losses else None,
+                last_loss=losses[-1] if losses else None,
+                speed=speed(stage),
+            )
+        )
+    return found
+
+
+def speed(stage: StageView) -> float | None:
+    """Tokens a second as the stage has timed itself."""
+    for name in ("tokens_per_second", "tokens_per_s", "tokens/s"):
+        value = stage.timings.get(name)
+        if isinstance(value, int | float):
+            return float(value)
+    return None
+
+
+def measure_title(measure: str) -> Markup:
+    """`loss` and `learning_rate` have names in both languages; other measures are shown as the trainer calls them."""
+    if measure in _FIRST:
+        return translated(f"training.{measure}")
+    return Markup("<code>{}</code>").format(measure)
