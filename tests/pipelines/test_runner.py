@@ -89,7 +89,7 @@ def test_kill_of_the_driver_then_the_same_command_gives_the_same_bytes(tmp_path:
 
 
 def test_ctrl_c_stops_cleanly_says_how_to_go_on_and_a_second_run_is_refused_meanwhile(tmp_path: Path) -> None:
-    write_recipe(tmp_path, wait_s=1.0)
+    write_recipe(tmp_path, wait_s=6.0)
     process = danlu(tmp_path, "run", "recipe.yaml")
     wait_for(tmp_path, "toy/a/*/units/*0.json")
     code, _, err = finish(danlu(tmp_path, "run", "recipe.yaml"))
