@@ -30,20 +30,26 @@ class EngineSettings(Settings):
     """Which model generates, and on what. Stages with equal settings share one engine."""
 
     model: str = Field(
-        "packaged:smollm2-135m-instruct", description="`packaged:NAME`, or a folder with safetensors and a tokenizer"
+        default="packaged:smollm2-135m-instruct", description="`packaged:NAME`, or a folder with safetensors and a tokenizer"
     )
-    device: Literal["auto", "cpu", "gpu"] = Field("auto", description="auto: gpu when the Ray cluster has one")
-    max_model_len: int = Field(2048, ge=16, description="longest prompt + reply, tokens; a longer prompt is rejected and counted")
-    max_running: int = Field(64, ge=1, description="requests in one batch of the engine; the rest wait inside it")
-    dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field("bfloat16", description="type of weights and activations")
-    kv_cache_gb: int = Field(1, ge=1, description="memory for the key-value cache on CPU, GiB")
-    gpu_memory: float = Field(0.9, gt=0, le=1, description="share of a GPU's memory that vLLM may take")
-    cpu_threads: int = Field(0, ge=0, description="threads of an engine on CPU; 0 = all of the machine")
-    cpus: float = Field(1, ge=0, description="logical Ray CPUs that a replica reserves")
-    tensor_parallel: int = Field(1, ge=1, description="GPUs (or CPU processes) that hold one copy of the model")
-    replicas: int = Field(1, ge=1, description="copies of the model")
-    enforce_eager: bool = Field(True, description="no compilation and no CUDA graphs: starts faster, generates slower on GPU")
-    seed: int = Field(0, ge=0, description="seed of the engine itself; every request carries its own")
+    device: Literal["auto", "cpu", "gpu"] = Field(default="auto", description="auto: gpu when the Ray cluster has one")
+    max_model_len: int = Field(
+        default=2048, ge=16, description="longest prompt + reply, tokens; a longer prompt is rejected and counted"
+    )
+    max_running: int = Field(default=64, ge=1, description="requests in one batch of the engine; the rest wait inside it")
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
+        default="bfloat16", description="type of weights and activations"
+    )
+    kv_cache_gb: int = Field(default=1, ge=1, description="memory for the key-value cache on CPU, GiB")
+    gpu_memory: float = Field(default=0.9, gt=0, le=1, description="share of a GPU's memory that vLLM may take")
+    cpu_threads: int = Field(default=0, ge=0, description="threads of an engine on CPU; 0 = all of the machine")
+    cpus: float = Field(default=1, ge=0, description="logical Ray CPUs that a replica reserves")
+    tensor_parallel: int = Field(default=1, ge=1, description="GPUs (or CPU processes) that hold one copy of the model")
+    replicas: int = Field(default=1, ge=1, description="copies of the model")
+    enforce_eager: bool = Field(
+        default=True, description="no compilation and no CUDA graphs: starts faster, generates slower on GPU"
+    )
+    seed: int = Field(default=0, ge=0, description="seed of the engine itself; every request carries its own")
 
 
 class Engine:

@@ -18,14 +18,16 @@ PROMPT_TOO_LONG = "prompt_too_long"
 class SamplingSettings(Settings):
     """How a reply is drawn."""
 
-    temperature: float = Field(0.7, ge=0, le=5, description="0 is greedy decoding")
-    top_p: float = Field(1.0, gt=0, le=1, description="nucleus sampling: smallest set of tokens with this probability")
-    top_k: int = Field(0, ge=0, description="only the k likeliest tokens; 0 = all")
-    presence_penalty: float = Field(0.0, ge=-2, le=2, description="subtracted from the logit of every token already generated")
-    frequency_penalty: float = Field(0.0, ge=-2, le=2, description="subtracted once for each time a token was generated")
-    repetition_penalty: float = Field(1.0, gt=0, le=2, description="divides logits of tokens in the prompt or the reply")
-    max_tokens: int = Field(256, ge=1, description="longest reply in tokens; a reply cut there is reported as truncated")
-    stop: list[str] = Field([], description="the reply ends before any of these strings")
+    temperature: float = Field(default=0.7, ge=0, le=5, description="0 is greedy decoding")
+    top_p: float = Field(default=1.0, gt=0, le=1, description="nucleus sampling: smallest set of tokens with this probability")
+    top_k: int = Field(default=0, ge=0, description="only the k likeliest tokens; 0 = all")
+    presence_penalty: float = Field(
+        default=0.0, ge=-2, le=2, description="subtracted from the logit of every token already generated"
+    )
+    frequency_penalty: float = Field(default=0.0, ge=-2, le=2, description="subtracted once for each time a token was generated")
+    repetition_penalty: float = Field(default=1.0, gt=0, le=2, description="divides logits of tokens in the prompt or the reply")
+    max_tokens: int = Field(default=256, ge=1, description="longest reply in tokens; a reply cut there is reported as truncated")
+    stop: list[str] = Field(default=[], description="the reply ends before any of these strings")
 
 
 @dataclass(frozen=True)

@@ -17,9 +17,8 @@ from operators.synthesis.novelty import NoveltyPool, rouge_l, rouge_l_matrix, to
 
 SCORER = RougeScorer(["rougeL"])
 LATIN = st.text(st.sampled_from("abcdeABCDE012 .,-'\n\t_éÉßçñİ²½ﬁ①™“”…—🙂"), max_size=120)
-WORDS = st.lists(st.sampled_from(["write", "a", "short", "story", "about", "the", "cat", "in", "two", "words"]), max_size=150).map(
-    " ".join
-)
+VOCABULARY = ["write", "a", "short", "story", "about", "the", "cat", "in", "two", "words"]
+WORDS = st.lists(st.sampled_from(VOCABULARY), max_size=150).map(" ".join)
 HAN = st.text(st.sampled_from("写一个关于猫的故事，请用两句话。a1 "), max_size=100)
 
 

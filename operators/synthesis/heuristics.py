@@ -1,0 +1,158 @@
+"""Rules that set aside what a generator gets wrong, with thresholds per language.
+
+The rules for instructions and instances are those of Self-Instruct (Wang et al. 2023, appendix A and its code); the
+Chinese ones count characters, and look for Chinese words, where the English ones count and look for words.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Sequence
+from functools import lru_cache
+
+from pydantic import Field
+
+from operators.config import Settings
+from operators.synthesis.novelty import tokenize
+from operators.synthesis.requests import Reject
+
+_HAN = re.compile("[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]")
+_ASCII_LETTER = re.compile("[A-Za-z]")
+_MARKERS = re.compile(
+    r"^\s*(?:#+\s*)?(?:task|input|output|label|example \d+|任务|输入|输出|标签|例子 ?\d+)\s*[:：]", re.IGNORECASE | re.MULTILINE
+)
+_STOP_WORDS = frozenset(
+    re.findall(
+        r"\w+",
+        """a an and are as at be by can do for from has have how i if in is it its me my no not of on or our so that the their them
+        then there these they this to was we what when which who why will with you your
+        的 了 和 是 在 我 有 就 不 人 都 一 个 上 也 很 到 说 要 去 你 会 着 吗 呢 吧 请""",
+    )
+)
+_NO_INPUT = frozenset(
+    ["", "none", "n/a", "na", "no input", "noinput", "nothing", "not needed", "无", "没有", "无输入", "不需要", "无需输入", "空"]
+)
+
+
+class InstructionRules(Settings):
+    """Which generated instructions are set aside. Lengths are words in English, characters and words in Chinese."""
+
+    min_length: dict[str, int] = Field(default={"en": 4, "zh": 5}, description="shorter instructions are rejected")
+    max_length: dict[str, int] = Field(default={"en": 150, "zh": 250}, description="longer instructions are rejected")
+    keywords: dict[str, list[str]] = Field(
+        default={
+            "en": ["image", "images", "graph", "graphs", "picture", "pictures", "photo", "photos", "file", "files", "map", "maps",
+                   "draw", "plot", "go to", "video", "audio"],
+            "zh": ["图片", "图像", "照片", "图表", "文件", "地图", "画一", "画出", "绘制", "视频", "音频", "前往", "点击"],
+        },
+        description="things that a text model cannot see or do",
+    )  # fmt: skip
+    prefixes: dict[str, list[str]] = Field(
+        default={"en": ["Write a program"], "zh": ["写一个程序", "编写程序", "编写一个程序"]},
+        description="openings that lead to tasks without a usable input",
+    )
+    min_script: float = Field(default=0.5, ge=0, le=1, description="least share of letters in the script of the language")
+
+
+def language_of(text: str) -> str:
+    """`zh` when at least a fifth of the letters are Han characters, else `en`."""
+    letters = sum(char.isalpha() for char in text)
+    return "zh" if letters and len(_HAN.findall(text)) >= 0.2 * letters else "en"
+
+
+def length_of(text: str, lang: str) -> int:
+    """Words in English, characters and foreign words in Chinese."""
+    return len(tokenize(text)) if lang == "zh" else len(text.split())
+
+
+def script_share(text: str, lang: str) -> float:
+    """The share of letters that belong to the script of the language; 1 when there is no letter."""
+    letters = sum(char.isalpha() for char in text)
+    if not letters:
+        return 1.0
+    return round(len((_HAN if lang == "zh" else _ASCII_LETTER).findall(text)) / letters, 6)
+
+
+def check_instruction(text: str, lang: str, rules: InstructionRules) -> Reject | None:
+    """Why an instruction is set aside, or None. The first failing rule names the reason."""
+    if not text.strip():
+        return Reject("empty")
+    length = length_of(text, lang)
+    if length < rules.min_length.get(lang, 0):
+        return Reject("too_short", length)
+    if length > rules.max_length.get(lang, length):
+        return Reject("too_long", length)
+    keyword = _keywords(lang, tuple(rules.keywords.get(lang, ()))).search(text)
+    if keyword:
+        return Reject("keyword", detail=keyword.group())
+    if any(text.startswith(prefix) for prefix in rules.prefixes.get(lang, ())):
+        return Reject("prefix")
+    if unicodedata.category(text[0])[0] in "PSZC":
+        return Reject("punctuation_start")
+    if lang == "en" and not text[0].isascii():
+        return Reject("non_ascii_start")
+    share = script_share(text, lang)
+    if share < rules.min_script:
+        return Reject("wrong_language", share)
+    if _MARKERS.search(text):
+        return Reject("prompt_marker")
+    return None
+
+
+@lru_cache(maxsize=64)
+def _keywords(lang: str, words: tuple[str, ...]) -> re.Pattern[str]:
+    if not words:
+        return re.compile(r"(?!)")
+    joined = "|".join(re.escape(word) for word in sorted(words, key=len, reverse=True))
+    return re.compile(joined) if lang == "zh" else re.compile(rf"\b(?:{joined})\b", re.IGNORECASE)
+
+
+def check_instance(instruction: str, given: str, output: str, lang: str, min_script: float = 0.5) -> Reject | None:
+    """Why one (input, output) of a task is set aside, or None."""
+    if not output.strip():
+        return Reject("empty_output")
+    if output.strip() == given.strip():
+        return Reject("output_is_input")
+    if output.strip() == instruction.strip():
+        return Reject("output_is_instruction")
+    if given.rstrip().endswith((":", "：")) or output.rstrip().endswith((":", "：")):
+        return Reject("trailing_colon")
+    if _MARKERS.search(output) or _MARKERS.search(given):
+        return Reject("prompt_marker")
+    if lang == "zh" and script_share(output, lang) < min_script and length_of(output, lang) > 8:
+        return Reject("wrong_language", script_share(output, lang))
+    repetition = repeated_share(output)
+    if repetition > 0.5:
+        return Reject("repetitive", repetition)
+    return None
+
+
+def contradicts(instances: Sequence[tuple[str, str]]) -> bool:
+    """True when one input of a task has two different outputs."""
+    outputs: dict[str, str] = {}
+    return any(outputs.setdefault(given.strip(), output.strip()) != output.strip() for given, output in instances)
+
+
+def repeated_share(text: str, n: int = 4) -> float:
+    """The share of a text's token n-grams that occurred before in it; 0 below 2n tokens."""
+    tokens = tokenize(text)
+    if len(tokens) < 2 * n:
+        return 0.0
+    grams = [tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1)]
+    return round(1 - len(set(grams)) / len(grams), 6)
+
+
+def without_content(text: str) -> bool:
+    """True when a text is made of punctuation and stop words only."""
+    return all(token in _STOP_WORDS for token in tokenize(text))
+
+
+def no_input(text: str) -> bool:
+    """True for the ways a model says that a task takes no input."""
+    return text.strip().strip(".。<>()（）[]\"'“”").strip().lower() in _NO_INPUT
+
+
+def join_input(instruction: str, given: str) -> str:
+    """The user's message of a task: the instruction, then its input after an empty line if there is one."""
+    return f"{instruction}\n\n{given}" if given else instruction
