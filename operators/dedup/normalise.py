@@ -39,7 +39,15 @@ _UNSPACED_RANGES = (
     (0x3400, 0x4DBF), (0x4E00, 0x9FFF), (0xA9E0, 0xA9FF), (0xAA60, 0xAA7F), (0xF900, 0xFAFF), (0xFF66, 0xFF9D),
     (0x1AFF0, 0x1B16F), (0x20000, 0x3FFFF),
 )  # fmt: skip
-_SAME = ((0x3400, 0x4DC0), (0x4E00, 0xA000), (0xAC00, 0xD7A4), (0xD800, 0xF900), (0x20000, 0x2F800), (0x2FA20, 0xE0000), (0xE0200, 0x110000))
+_SAME = (
+    (0x3400, 0x4DC0),
+    (0x4E00, 0xA000),
+    (0xAC00, 0xD7A4),
+    (0xD800, 0xF900),
+    (0x20000, 0x2F800),
+    (0x2FA20, 0xE0000),
+    (0xE0200, 0x110000),
+)
 
 
 @functools.cache
@@ -90,20 +98,16 @@ def decode(data: np.ndarray, position: int) -> tuple[int, int]:
     """(code point, bytes) of valid UTF-8 at `position`."""
     byte = data[position]
     if byte < 0x80:
-        return np.int64(byte), 1
+        return int(byte), 1
     if byte < 0xE0:
-        return ((np.int64(byte) & 0x1F) << 6) | (np.int64(data[position + 1]) & 0x3F), 2
+        return (int(byte) & 0x1F) << 6 | (int(data[position + 1]) & 0x3F), 2
     if byte < 0xF0:
-        return (
-            ((np.int64(byte) & 0x0F) << 12)
-            | ((np.int64(data[position + 1]) & 0x3F) << 6)
-            | (np.int64(data[position + 2]) & 0x3F)
-        ), 3
+        return (((int(byte) & 0x0F) << 12) | ((int(data[position + 1]) & 0x3F) << 6) | (int(data[position + 2]) & 0x3F)), 3
     return (
-        ((np.int64(byte) & 0x07) << 18)
-        | ((np.int64(data[position + 1]) & 0x3F) << 12)
-        | ((np.int64(data[position + 2]) & 0x3F) << 6)
-        | (np.int64(data[position + 3]) & 0x3F)
+        ((int(byte) & 0x07) << 18)
+        | ((int(data[position + 1]) & 0x3F) << 12)
+        | ((int(data[position + 2]) & 0x3F) << 6)
+        | (int(data[position + 3]) & 0x3F)
     ), 4
 
 

@@ -65,9 +65,7 @@ def sign_with_datasketch(
             continue
         if hashing == "fast":
             encoded = [b"".join(token.encode() + b"\xff" for token in shingle) for shingle in found]
-            minhash = datasketch.MinHash(
-                count, seed, hashfunc=shingle_hash32, permutations=empty.permutations, scheme=empty.scheme
-            )
+            minhash = datasketch.MinHash(count, seed, hashfunc=shingle_hash32, permutations=empty.permutations, scheme=empty.scheme)
         else:
             encoded = [("" if resolved == CHARACTERS else " ").join(shingle).encode() for shingle in found]
             minhash = datasketch.MinHash(count, seed, permutations=empty.permutations, scheme=empty.scheme)

@@ -1,0 +1,101 @@
+"""From a batch of documents to the fixed-width keys that are exchanged instead of text."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from operators.dedup.bands import band_hashes, sketch
+from operators.dedup.exact import content_hashes
+from operators.dedup.options import DedupOptions, ShingleOptions
+from operators.dedup.reference import sign_with_datasketch
+from operators.dedup.signatures import Signatures, shingle_sets, sign
+
+KINDS = {"exact": 3, "bands": 2, "ids": 2}
+"""Kinds of key records and the uint64 values of each: content hash (2) + ordinal; band hash + ordinal; id hash + ordinal."""
+
+
+@dataclass(frozen=True)
+class Keys:
+    """Keys of n documents. `records` maps a kind to uint64[records, width]; the last value is the document's ordinal.
+
+    `sketch` uint8[n, permutations] (zeros for unsigned documents) and `scores` float64[n] are None where not asked for.
+    """
+
+    records: dict[str, np.ndarray]
+    signed: int
+    sketch: np.ndarray | None
+    scores: np.ndarray | None
+
+
+def document_keys(batch: pa.RecordBatch | pa.Table, ordinals: np.ndarray, options: DedupOptions, with_ids: bool) -> Keys:
+    """The keys of a batch with the columns of `options.columns()`, and `id` if `with_ids`."""
+    texts = batch.column(options.column)
+    records: dict[str, np.ndarray] = {}
+    estimate: np.ndarray | None = None
+    signed = 0
+    if options.finds_exact:
+        hashes = content_hashes(
+            texts, options.exact_on == "normalised", options.unit, _langs(batch, options), options.digits == "keep"
+        )
+        records["exact"] = np.column_stack([hashes, ordinals])
+    if options.finds_near:
+        signatures = _signatures(batch, options)
+        signed = int(signatures.signed.sum())
+        bands, rows = options.shape
+        hashes = band_hashes(signatures.values[signatures.signed], bands, rows)
+        records["bands"] = np.column_stack([hashes.ravel(), np.repeat(ordinals[signatures.signed], bands)])
+        if options.similarity:
+            estimate = sketch(signatures.values)
+            estimate[~signatures.signed] = 0
+    if with_ids:
+        records["ids"] = np.column_stack([content_hashes(batch.column("id"))[:, 0], ordinals])
+    return Keys(records, signed, estimate, scores(batch, options))
+
+
+def scores(batch: pa.RecordBatch | pa.Table, options: DedupOptions) -> np.ndarray | None:
+    """What the keep rule compares: float64[rows], or None when the first row stays. Characters for `longest`."""
+    if options.keep == "first":
+        return None
+    if options.keep == "longest":
+        return pc.fill_null(pc.utf8_length(batch.column(options.column)), 0).cast(pa.float64()).to_numpy(zero_copy_only=False)
+    values = pc.fill_null(batch.column(options.keep_column).cast(pa.float64()), -np.inf).to_numpy(zero_copy_only=False)
+    return np.round(np.where(np.isnan(values), -np.inf, values), 6)
+
+
+def document_shingles(batch: pa.RecordBatch | pa.Table, options: ShingleOptions) -> tuple[np.ndarray, np.ndarray]:
+    """Sorted shingle sets of a batch: (hashes uint64, offsets int64[rows + 1])."""
+    langs = _langs(batch, options)
+    return shingle_sets(
+        batch.column(options.column), options.words, options.characters, options.unit, langs, options.digits == "keep"
+    )
+
+
+def partition_of(records: np.ndarray, partitions: int) -> np.ndarray:
+    """int64[records]: the piece of the key space that each record's first hash falls into."""
+    return ((records[:, 0] >> np.uint64(32)) * np.uint64(partitions) >> np.uint64(32)).astype(np.int64)
+
+
+def split(records: np.ndarray, partitions: int) -> tuple[np.ndarray, np.ndarray]:
+    """The records in order of partition (stable), and where each partition starts: int64[partitions + 1]."""
+    if partitions == 1:
+        return records, np.array([0, len(records)], np.int64)
+    piece = partition_of(records, partitions)
+    starts = np.zeros(partitions + 1, np.int64)
+    np.cumsum(np.bincount(piece, minlength=partitions), out=starts[1:])
+    return records[np.argsort(piece, kind="stable")], starts
+
+
+def _langs(batch: pa.RecordBatch | pa.Table, options: ShingleOptions) -> pa.Array | pa.ChunkedArray | None:
+    return batch.column(options.language_column) if options.language_column else None
+
+
+def _signatures(batch: pa.RecordBatch | pa.Table, options: DedupOptions) -> Signatures:
+    make = sign if options.backend == "kernel" else sign_with_datasketch
+    return make(
+        batch.column(options.column), options.permutations, options.seed, options.words, options.characters, options.unit,
+        _langs(batch, options), options.digits == "keep", options.signature,
+    )  # fmt: skip
