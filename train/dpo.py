@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from datasets import Dataset
-from pydantic import Field
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from trl import DPOConfig, DPOTrainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference
@@ -16,8 +14,9 @@ from trl.trainer.dpo_trainer import DataCollatorForPreference
 from cluster import storage
 from operators.tokens import holdout
 from train import finetune, models, samples
-from train.finetune import ArrowSpool, Examples, FinetuneJob, Follow, PlannedTrainer
+from train.finetune import ArrowSpool, Examples, Follow, PlannedTrainer
 from train.parallel import Workers
+from train.settings import DpoJob
 
 _ENCODED = pa.schema(
     [
@@ -26,16 +25,6 @@ _ENCODED = pa.schema(
         pa.field("rejected_ids", pa.list_(pa.int32())),
     ]
 )
-
-
-class DpoJob(FinetuneJob):
-    """Everything an alignment by preference pairs depends on."""
-
-    beta: float = Field(0.1, gt=0, description="How strongly the model is held to its reference.")
-    loss: Literal["sigmoid", "ipo", "hinge"] = Field("sigmoid", description="DPO, IPO (Azar et al. 2023), or SLiC's hinge.")
-    label_smoothing: float = Field(0.0, ge=0, lt=0.5, description="Assumed share of pairs labelled the wrong way round.")
-    held_out: float = Field(0.0, ge=0, lt=1, description="Share of pairs, by id, that is kept for evaluation.")
-    held_out_seed: int = Field(0, description="Seed of that choice; evaluation must use the same.")
 
 
 class _Trainer(PlannedTrainer, DPOTrainer):  # type: ignore[misc]
@@ -85,7 +74,7 @@ def run(job: DpoJob, directory: str, workers: Workers) -> dict[str, Any]:
             precompute_ref_log_probs=False,
         ),
         data_collator=DataCollatorForPreference(pad_token_id=tokenizer.pad_token_id, max_length=job.max_length),
-        train_dataset=Dataset(examples.table),
+        train_dataset=finetune.dataset(examples),
         processing_class=tokenizer,
         callbacks=[follow],
         peft_config=finetune.adapter_config(job.lora),
@@ -113,9 +102,9 @@ def encode(job: DpoJob, tokenizer: PreTrainedTokenizerBase) -> Examples:
     for item in job.inputs:
         kept_ids: list[str] = []
         kept_tokens: list[int] = []
-        for batch in finetune.rows_of(item.directories, ["id", "prompt", "chosen", "rejected"]):
+        for batch in finetune.rows_of([item.directory], ["id", "prompt", "chosen", "rejected"]):
             if job.held_out:
-                held = holdout.is_held_out(batch["id"], job.held_out_seed, job.held_out)
+                held = holdout.is_held_out(batch["id"], job.seed, job.held_out)
                 aside["held_out"] += int(held.sum())
                 batch = batch.filter(pa.array(~held))
             batch = finetune.without_control_tokens(batch, ["prompt", "chosen", "rejected"], tokenizer, aside)

@@ -15,19 +15,18 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 import torch.nn.functional as F
-from pydantic import Field
 from transformers.modeling_utils import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from cluster import storage
 from operators import shards
-from operators.config import Settings
 from operators.ledger import Ledger
 from operators.tokens import hashing, holdout
 from operators.tokens.encode import Encoder
 from train import dpo, finetune, models, samples
 from train.loader import IGNORE
 from train.parallel import JobCancelled, Workers
+from train.settings import EvaluateJob, NamedModel
 
 ALL = "*"
 """Stands for every language or every source in a row of the perplexity table."""
@@ -43,40 +42,6 @@ SCORES = pa.schema(
         pa.field("value", pa.float64(), nullable=False),  # summed negative log-likelihood in nats; chosen less rejected
     ]
 )
-
-
-class NamedModel(Settings):
-    """A model under the name that tables show."""
-
-    name: str = Field(description="The stage's name.")
-    path: str = Field(description="Directory in Hugging Face layout, absolute or a URI.")
-
-
-class Prompt(Settings):
-    """One prompt that all models answer."""
-
-    text: str = Field(description="What the user says.")
-    lang: str = Field("", description="Language, for the table.")
-
-
-class EvaluateJob(Settings):
-    """Everything an evaluation depends on."""
-
-    models: list[NamedModel] = Field(min_length=1, description="Models to compare.")
-    documents: list[str] = Field([], description="Directories of stages with documents.")
-    held_out: float = Field(0.0, ge=0, le=1, description="Share of documents kept out of packing.")
-    held_out_seed: int = Field(0, description="Seed of that choice, as packing had it.")
-    max_documents: int = Field(100, ge=1, description="Documents scored a language, chosen by a hash of their id.")
-    max_tokens: int = Field(2048, ge=2, description="Tokens scored of one document.")
-    length: int = Field(512, ge=2, description="Longest context in tokens.")
-    batch_tokens: int = Field(8192, ge=2, description="Tokens of one forward pass, padding included.")
-    pairs: list[str] = Field([], description="Directories of stages with preference pairs.")
-    pairs_held_out: float = Field(0.0, ge=0, le=1, description="Share of pairs kept out of DPO; 0 scores all.")
-    pairs_seed: int = Field(0, description="Seed of that choice, as DPO had it.")
-    max_pairs: int = Field(500, ge=1, description="Pairs scored at most.")
-    reference: str | None = Field(None, description="The model whose margins are subtracted for accuracy against a reference.")
-    prompts: list[Prompt] = Field([], description="Prompts that every model answers greedily.")
-    max_new_tokens: int = Field(48, ge=1, description="Tokens of one reply.")
 
 
 @dataclass(frozen=True)
@@ -188,14 +153,14 @@ def _documents(job: EvaluateJob, workers: Workers) -> list[Document]:
             names = pq.read_schema(stream).names
         columns = ["id", "lang"] if "lang" in names else ["id"]
         for numbers, batch in shards.read(part, columns):
-            held = holdout.is_held_out(batch["id"], job.held_out_seed, job.held_out)
+            held = holdout.is_held_out(batch["id"], job.seed, job.held_out)
             total += batch.num_rows
             if held.any():
                 kept = batch.filter(pa.array(held))
                 ordinals.append(numbers.to_numpy()[held])
                 column = kept["lang"].fill_null("") if "lang" in names else pa.array([""] * kept.num_rows)
                 langs.append(np.asarray(column.to_pylist(), object))
-                order.append(hashing.hash_strings(kept["id"], job.held_out_seed))
+                order.append(hashing.hash_strings(kept["id"], job.seed))
                 ordinals, langs, order = _first_of_each(ordinals, langs, order, job.max_documents)
     chosen = np.sort(ordinals[0] if len(ordinals) == 1 else np.concatenate(ordinals))
     if not chosen.size:
@@ -312,7 +277,7 @@ def _pairs(job: EvaluateJob, workers: Workers) -> pa.Table | None:
     for batch in finetune.rows_of(job.pairs, ["id", "prompt", "chosen", "rejected", "lang"]):
         total += batch.num_rows
         if job.pairs_held_out:
-            batch = batch.filter(pa.array(holdout.is_held_out(batch["id"], job.pairs_seed, job.pairs_held_out)))
+            batch = batch.filter(pa.array(holdout.is_held_out(batch["id"], job.seed, job.pairs_held_out)))
         batches.append(batch.slice(0, job.max_pairs - rows))
         rows += batches[-1].num_rows
         if rows >= job.max_pairs:

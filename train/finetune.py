@@ -12,70 +12,30 @@ import os
 import re
 import tempfile
 import time
+import uuid
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
+from datasets import Dataset
+from datasets.table import InMemoryTable
 from peft import LoraConfig, PeftModel
-from pydantic import Field
 from torch.utils.data import Sampler
 from transformers import GenerationConfig, PrinterCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from cluster import storage
 from operators import shards
-from operators.config import Settings
 from train import artifacts, checkpoint, models, samples
 from train.mixture import Mixture
 from train.parallel import JobCancelled, NonFiniteLoss, Workers
-from train.schedule import Schedule
-
-
-class RowsInput(Settings):
-    """One input stage and its weight in the mixture."""
-
-    name: str = Field(description="Name in reports: the stage's name.")
-    directories: list[str] = Field(min_length=1, description="The stage's directory, absolute or a URI.")
-    weight: float = Field(1.0, gt=0, description="Share of the mixture.")
-
-
-class LoraSettings(Settings):
-    """Low-rank adapters (Hu et al. 2021): the base stays frozen, a rank-r product is added to chosen matrices."""
-
-    rank: int = Field(16, ge=1, description="Rank of the added product.")
-    alpha: int = Field(32, ge=1, description="The product is scaled by alpha / rank.")
-    dropout: float = Field(0.0, ge=0, lt=1, description="Dropout before the adapter.")
-    targets: list[str] | Literal["all-linear"] = Field(
-        "all-linear", description="Names of the matrices with an adapter; `all-linear` is every one but the output head."
-    )
-
-
-class FinetuneJob(Settings):
-    """What SFT and DPO have in common."""
-
-    model: str = Field(description="Directory of the model to start from, Hugging Face layout, absolute or a URI.")
-    inputs: list[RowsInput] = Field(min_length=1, description="Inputs with their weights.")
-    mix_by: Literal["examples", "tokens"] = Field(
-        "examples", description="What the weights are shares of: examples, or tokens with loss (longer examples count more)."
-    )
-    steps: int = Field(ge=1, description="Optimizer steps.")
-    batch_examples: int = Field(8, ge=1, description="Examples of one step over all workers.")
-    micro_batch_examples: int | None = Field(None, ge=1, description="Examples of one forward pass on one worker.")
-    max_length: int = Field(512, ge=8, description="Tokens an example is cut to; one without a loss token left is set aside.")
-    lora: LoraSettings | None = Field(None, description="Train adapters and export the merged model; null trains all weights.")
-    learning_rate: float = Field(gt=0, description="Peak learning rate of AdamW.")
-    schedule: Schedule = Field(Schedule(), description="Warm-up and decay.")
-    weight_decay: float = Field(0.0, ge=0, description="AdamW's weight decay.")
-    clip: float = Field(1.0, gt=0, description="Largest global norm of the gradient.")
-    precision: Literal["fp32", "bf16"] = Field("fp32", description="bf16 runs matrix products under autocast.")
-    checkpoint_every: int = Field(50, ge=1, description="Steps between checkpoints.")
-    seed: int = Field(0, description="Of the adapters' initial weights and the order of samples.")
+from train.settings import FinetuneJob, LoraSettings
 
 
 @dataclass
@@ -155,6 +115,12 @@ class ArrowSpool:
             table = pa.ipc.open_stream(mapped).read_all()
         os.unlink(self._path)
         return table
+
+
+def dataset(examples: Examples) -> Dataset:
+    """The map-style dataset that trainers insist on, over the same memory-mapped rows."""
+    # With a fingerprint given, datasets does not pickle the table to hash it.
+    return Dataset(InMemoryTable(examples.table), fingerprint=uuid.uuid4().hex)
 
 
 class PlannedSampler(Sampler[int]):

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from pydantic import Field
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig, PreTrainedTokenizerFast, Qwen3Config
 from transformers.modeling_utils import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from cluster import storage
-from operators.config import Settings
 from train import artifacts
+from train.settings import ModelShape
 
 END_OF_TEXT, TURN_START, TURN_END, PADDING = "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|pad|>"
 """The special tokens that Danlu's tokenizers have. `<|endoftext|>` ends a document, `<|im_end|>` a turn."""
@@ -38,23 +37,6 @@ CHAT_TEMPLATE = """\
 {%- endfor %}
 {%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"""
 """ChatML. The generation marks enclose what the model must learn to write: the reply and the token that ends it."""
-
-
-class ModelShape(Settings):
-    """A decoder-only transformer: RoPE, grouped-query attention, RMSNorm, SwiGLU."""
-
-    architecture: Literal["llama", "qwen3"] = Field("llama", description="Qwen3 adds RMSNorm on queries and keys.")
-    layers: int = Field(4, ge=1, description="Transformer blocks.")
-    hidden: int = Field(256, ge=8, description="Width of the residual stream.")
-    heads: int = Field(4, ge=1, description="Query heads; must divide `hidden`.")
-    kv_heads: int | None = Field(None, ge=1, description="Key and value heads; must divide `heads`. Default: `heads`.")
-    intermediate: int | None = Field(None, ge=8, description="Width of the MLP. Default: 8/3 hidden, rounded up to 64.")
-    vocab: int | None = Field(None, ge=1, description="Rows of the embedding, at least the tokenizer's size, its default.")
-    context: int | None = Field(None, ge=8, description="Longest position. Default: the packed length.")
-    rope_theta: float = Field(10_000.0, gt=0, description="Base of the rotary frequencies.")
-    tie_embeddings: bool = Field(True, description="One matrix for input and output embeddings.")
-    norm_eps: float = Field(1e-6, gt=0, description="Epsilon of RMSNorm.")
-    initializer: float = Field(0.02, gt=0, description="Standard deviation of initial weights.")
 
 
 def configuration(shape: ModelShape, vocab: int, context: int, eos: int | None, pad: int | None) -> LlamaConfig | Qwen3Config:

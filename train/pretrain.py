@@ -14,48 +14,20 @@ import math
 import sys
 import time
 from contextlib import nullcontext
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from pydantic import Field
 from torch.nn.parallel import DistributedDataParallel
 from transformers.modeling_utils import PreTrainedModel
 
 from cluster import storage
-from operators.config import Settings, parse
+from operators.config import parse
 from train import checkpoint, models, samples
 from train.loader import IGNORE, Batch, PackedTokens, TokenLoader, micro_batches, rank_positions, tokenizer_file
-from train.models import ModelShape
 from train.parallel import JobCancelled, NonFiniteLoss, Workers
-from train.schedule import Schedule
-
-
-class TokenInput(Settings):
-    """One packed corpus of the mixture."""
-
-    name: str = Field(description="Name in reports: the stage's name.")
-    directory: str = Field(description="The pack stage's directory, absolute or a URI.")
-    weight: float = Field(1.0, gt=0, description="Share of tokens.")
-
-
-class PretrainJob(Settings):
-    """Everything a pretraining run depends on."""
-
-    inputs: list[TokenInput] = Field(min_length=1, description="Packed corpora with their shares of tokens.")
-    model: ModelShape | str = Field(description="A shape to start from scratch, or the directory of a model to go on from.")
-    steps: int = Field(ge=1, description="Optimizer steps.")
-    batch_sequences: int = Field(8, ge=1, description="Sequences of one step over all workers.")
-    micro_batch_sequences: int | None = Field(None, ge=1, description="Sequences of one forward pass on one worker.")
-    learning_rate: float = Field(1e-3, gt=0, description="Peak learning rate of AdamW.")
-    schedule: Schedule = Field(Schedule(), description="Warm-up and decay.")
-    weight_decay: float = Field(0.1, ge=0, description="Of matrices; vectors (norms) have none.")
-    betas: tuple[float, float] = Field((0.9, 0.95), description="AdamW's decay of moments.")
-    clip: float = Field(1.0, gt=0, description="Largest global norm of the gradient.")
-    precision: Literal["fp32", "bf16"] = Field("fp32", description="bf16 runs matrix products under autocast.")
-    checkpoint_every: int = Field(50, ge=1, description="Steps between checkpoints.")
-    seed: int = Field(0, description="Of the initial weights and the order of samples.")
+from train.settings import PretrainJob
 
 
 def run(job: PretrainJob, directory: str, workers: Workers) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from operators.config import Settings
 class Schedule(Settings):
     """Warm-up, then a decay; the factor multiplies the peak learning rate."""
 
-    warmup: float = Field(default=0.1, ge=0, description="Steps of linear warm-up: a share of all steps below 1, else a number of steps.")
+    warmup: float = Field(default=0.1, ge=0, description="Linear warm-up: a share of all steps if below 1, else steps.")
     shape: Literal["cosine", "wsd", "constant"] = Field(
         default="cosine",
         description="After warm-up: a half cosine down to `floor`; `wsd`, constant and then a linear decay over the "

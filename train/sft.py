@@ -8,25 +8,18 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from datasets import Dataset
-from pydantic import Field
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from trl import SFTConfig, SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from cluster import storage
 from train import finetune, models, samples
-from train.finetune import ArrowSpool, Examples, FinetuneJob, Follow, PlannedTrainer
+from train.finetune import ArrowSpool, Examples, Follow, PlannedTrainer
 from train.loader import IGNORE
 from train.parallel import Workers
+from train.settings import SftJob
 
 _ENCODED = pa.schema([pa.field("input_ids", pa.list_(pa.int32())), pa.field("labels", pa.list_(pa.int32()))])
-
-
-class SftJob(FinetuneJob):
-    """Everything a supervised fine-tuning depends on."""
-
-    neftune_alpha: float | None = Field(None, gt=0, description="NEFTune noise on embeddings (Jain et al. 2023).")
 
 
 class _Trainer(PlannedTrainer, SFTTrainer):  # type: ignore[misc]
@@ -65,7 +58,7 @@ def run(job: SftJob, directory: str, workers: Workers) -> dict[str, Any]:
             shuffle_dataset=False,
         ),
         data_collator=DataCollatorForLanguageModeling(pad_token_id=tokenizer.pad_token_id),
-        train_dataset=Dataset(examples.table),
+        train_dataset=finetune.dataset(examples),
         processing_class=tokenizer,
         callbacks=[follow],
         peft_config=finetune.adapter_config(job.lora),
@@ -96,7 +89,7 @@ def encode(job: SftJob, tokenizer: PreTrainedTokenizerBase) -> Examples:
     for item in job.inputs:
         kept_ids: list[str] = []
         kept_tokens: list[int] = []
-        for batch in finetune.rows_of(item.directories, ["id", "messages", "tools"]):
+        for batch in finetune.rows_of([item.directory], ["id", "messages", "tools"]):
             rows = finetune.without_control_tokens(batch, ["messages"], tokenizer, aside).to_pydict()
             encoded = encode_conversations(tokenizer, rows["messages"], rows["tools"])
             columns: dict[str, list[list[int]]] = {"input_ids": [], "labels": []}

@@ -83,7 +83,7 @@ def pack(directory: Path, tokenizer_file: Path, rows: list[dict[str, str]], leng
     sequences: list[list[int]] = [[]]
     bounds: list[list[int]] = [[0]]
     for row in rows:
-        ids = tokenizer.encode(row["text"]).ids + [end]
+        ids = [*tokenizer.encode(row["text"]).ids, end]
         while ids:
             if len(sequences[-1]) == length:
                 sequences.append([])
@@ -180,9 +180,10 @@ def small_model(tmp_path_factory: pytest.TempPathFactory, packed: str) -> str:
     """A tiny model pretrained for a few steps in this process."""
     from train import pretrain
     from train.parallel import Workers
+    from train.settings import ModelShape, PretrainJob, RowsInput
 
-    job = pretrain.PretrainJob(
-        inputs=[pretrain.TokenInput(name="tokens", directory=packed)], model=pretrain.ModelShape(**SHAPE), steps=20,
+    job = PretrainJob(
+        inputs=[RowsInput(name="tokens", directory=packed)], model=ModelShape(**SHAPE), steps=20,
         learning_rate=5e-3, checkpoint_every=10,
     )  # fmt: skip
     directory = str(tmp_path_factory.mktemp("run") / "base" / "f0")

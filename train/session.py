@@ -1,0 +1,336 @@
+"""One Ray Train worker group for all training stages of a run.
+
+Starting a group costs a minute or more (placement, process group, imports of torch, transformers and TRL), so the group
+is started once and kept warm: its train loop asks a coordinator actor for jobs. A job names a kind, its settings and the
+stage's directory; it reads its inputs there, checkpoints there and commits there by itself, and what comes back
+through the coordinator is the small result. Therefore a job can be handed out again at any time:
+
+- a lost worker: Ray Train restarts the group, the coordinator hands the unfinished job out again, the job goes on from its
+  last checkpoint;
+- an error inside a job: every worker reports it, the stage that submitted gets it, the group lives on. If one worker fails
+  while others are caught in a collective, the failing one ends itself, which makes Ray Train start the group afresh.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+import traceback
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import ray
+from ray.train import FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchConfig, TorchTrainer
+
+from train.parallel import JobCancelled, Workers
+
+KINDS = ("pretrain", "sft", "dpo", "evaluate")
+MAX_ATTEMPTS = 4
+"""How often a job is handed out before its own deaths are blamed on it."""
+
+_POLL_S = 0.1
+_GRACE_S = 30.0  # for the other workers to report the same error before the failing one ends itself
+_GROUP_RESTARTS = 32
+
+
+class TrainingError(RuntimeError):
+    """A training job failed; the message is the worker's own, `details` its traceback."""
+
+    def __init__(self, message: str, details: str = "") -> None:
+        super().__init__(message)
+        self.details = details
+
+
+@dataclass
+class _Job:
+    number: int
+    job: dict[str, Any]
+    incarnations: list[str] = field(default_factory=list)
+    reports: dict[int, dict[str, Any]] = field(default_factory=dict)  # rank -> {"error", "details", "cancelled", "result"}
+    progress: tuple[int, int, str, dict[str, Any]] | None = None
+    cancelled: bool = False
+    outcome: dict[str, Any] | None = None
+
+
+class Coordinator:
+    """Hands one job at a time to the workers and collects what they report. Holds nothing that grows."""
+
+    def __init__(self, workers: int) -> None:
+        self._workers = workers
+        self._current: _Job | None = None
+        self._count = 0
+        self._stopping = False
+
+    # for the driver
+
+    def submit(self, job: dict[str, Any]) -> int:
+        if self._current is not None and self._current.outcome is None:
+            raise RuntimeError("the training group has a job already")
+        self._count += 1
+        self._current = _Job(self._count, job)
+        return self._count
+
+    def cancel(self, number: int) -> None:
+        if self._current is not None and self._current.number == number:
+            self._current.cancelled = True
+
+    def status(self, number: int) -> dict[str, Any]:
+        """Progress so far and, when over, the outcome."""
+        job = self._current
+        if job is None or job.number != number:
+            raise RuntimeError(f"job {number} is unknown")
+        return {
+            "progress": job.progress,
+            "outcome": job.outcome,
+            "attempts": len(job.incarnations),
+        }
+
+    def stop(self) -> None:
+        self._stopping = True
+
+    # for the workers
+
+    def next(self, incarnation: str, last: int) -> dict[str, Any] | None:
+        """The job to do after job `last`: {"number", "job"}, {"stop": True}, or None for now."""
+        if self._stopping:
+            return {"stop": True}
+        job = self._current
+        if job is None or job.outcome is not None or job.number == last:
+            return None
+        if incarnation not in job.incarnations:
+            job.incarnations.append(incarnation)
+            job.reports.clear()
+            if len(job.incarnations) > MAX_ATTEMPTS:
+                text = f"the training workers died {MAX_ATTEMPTS} times during this job (out of memory is the usual cause)"
+                job.outcome = {"error": text, "details": ""}
+                return None
+        return {"number": job.number, "job": job.job}
+
+    def step(self, number: int, done: int, total: int, note: str, metrics: dict[str, Any]) -> bool:
+        """Note progress; True once the job is to stop."""
+        job = self._current
+        if job is None or job.number != number:
+            return True
+        job.progress = (done, total, note, metrics)
+        return job.cancelled
+
+    def report(self, number: int, incarnation: str, rank: int, report: dict[str, Any]) -> None:
+        """What became of the job on one worker."""
+        job = self._current
+        if job is None or job.number != number or job.outcome is not None or job.incarnations[-1] != incarnation:
+            return
+        job.reports[rank] = report
+        if len(job.reports) == self._workers:
+            failed = [job.reports[r] for r in sorted(job.reports) if job.reports[r].get("error")]
+            # A worker's own error says more than "another worker failed".
+            failed.sort(key=lambda item: item["secondary"])
+            job.outcome = failed[0] if failed else {"result": job.reports[0]["result"]}
+
+    def settled(self, number: int) -> bool:
+        """True when all workers have reported; asked with an error in hand until then."""
+        job = self._current
+        return job is None or job.number != number or job.outcome is not None
+
+    def give_up(self, number: int, error: dict[str, Any]) -> None:
+        """End a job whose workers could not agree: its error is the one given."""
+        job = self._current
+        if job is not None and job.number == number and job.outcome is None:
+            job.outcome = error
+
+
+class TrainGroup:
+    """A Ray Train worker group that runs one training job after the other.
+
+    `workers` processes with `cpus` logical CPUs each (small, so that data tasks do not starve), one GPU each where
+    `use_gpu` (default: where the cluster has as many). `storage_path` is scratch for Ray Train's own state, and must be
+    seen by all nodes on a cluster. Ray must be initialised. Not for use from several threads at once.
+    """
+
+    def __init__(self, workers: int = 2, *, storage_path: str, cpus: float = 0.5, use_gpu: bool | None = None) -> None:
+        self.workers, self.storage_path, self.cpus = workers, storage_path, cpus
+        self.use_gpu = use_gpu
+        self._coordinator: Any = None
+        self._thread: threading.Thread | None = None
+        self._failure: BaseException | None = None
+
+    def start(self) -> None:
+        """Begin to start the workers and return at once; nothing happens if they were started."""
+        if self._thread is not None:
+            return
+        if self.use_gpu is None:
+            self.use_gpu = ray.cluster_resources().get("GPU", 0) >= self.workers
+        self._coordinator = ray.remote(num_cpus=0)(Coordinator).remote(self.workers)
+        # Workers import torch and TRL from disk: a minute is not always enough on a busy machine.
+        os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "600")
+        resources = {"CPU": self.cpus, **({"GPU": 1.0} if self.use_gpu else {})}
+        trainer = TorchTrainer(
+            serve,
+            train_loop_config={"coordinator": self._coordinator},
+            torch_config=TorchConfig(backend="nccl" if self.use_gpu else "gloo"),
+            scaling_config=ScalingConfig(num_workers=self.workers, use_gpu=self.use_gpu, resources_per_worker=resources),
+            # A name that was used before would silently resume that run.
+            run_config=RunConfig(
+                name=f"training-{uuid.uuid4().hex[:12]}",
+                storage_path=self.storage_path,
+                failure_config=FailureConfig(max_failures=_GROUP_RESTARTS),
+            ),
+        )
+        self._thread = threading.Thread(target=self._fit, args=(trainer,), name="train-group", daemon=True)
+        self._thread.start()
+
+    def _fit(self, trainer: TorchTrainer) -> None:
+        try:
+            trainer.fit()
+        except BaseException as error:  # noqa: BLE001  raised again by whoever waits for the group
+            self._failure = error
+
+    def run(
+        self,
+        job: dict[str, Any],
+        on_progress: Callable[[int, int, str, dict[str, Any]], None] = lambda done, total, note, metrics: None,
+        cancelled: Callable[[], bool] = lambda: False,
+    ) -> dict[str, Any]:
+        """Do one job, {"kind", "config", "directory"}, and return its result. Starts the group if need be.
+
+        Raises TrainingError when the job failed or the group could not be kept alive, JobCancelled when `cancelled` said so
+        (its last checkpoint stays, and the same job goes on from there), ValueError for a job that names no known kind.
+        """
+        if job.get("kind") not in KINDS:
+            raise ValueError(f"unknown kind of training job {job.get('kind')!r}; valid: {', '.join(KINDS)}")
+        if not (os.path.isabs(job["directory"]) or "://" in job["directory"]):
+            raise ValueError(f"the job's directory must be absolute, workers run elsewhere: {job['directory']}")
+        self.start()
+        number = ray.get(self._coordinator.submit.remote(job))
+        asked, seen = False, None
+        while True:
+            status = ray.get(self._coordinator.status.remote(number))
+            if status["progress"] is not None and status["progress"] != seen:
+                seen = status["progress"]
+                on_progress(*seen)
+            outcome = status["outcome"]
+            if outcome is not None:
+                if outcome.get("cancelled"):
+                    raise JobCancelled(outcome["error"])
+                if outcome.get("error"):
+                    raise TrainingError(outcome["error"], outcome.get("details", ""))
+                return dict(outcome["result"])
+            if self._failure is not None:
+                raise TrainingError(f"the training group could not be kept alive: {self._failure}") from self._failure
+            if self._thread is None or not self._thread.is_alive():
+                raise TrainingError("the training group has ended")
+            if not asked and cancelled():
+                asked = True
+                ray.get(self._coordinator.cancel.remote(number))
+                if not status["attempts"]:
+                    ray.get(self._coordinator.give_up.remote(number, {"error": "stopped before it began", "cancelled": True}))
+            time.sleep(_POLL_S)
+
+    def stop(self) -> None:
+        """End the workers; nothing happens if they were not started."""
+        if self._thread is None:
+            return
+        ray.get(self._coordinator.stop.remote())
+        self._thread.join(timeout=60)
+        ray.kill(self._coordinator)
+        self._thread = None
+
+
+def serve(config: dict[str, Any]) -> None:
+    """The train loop of one worker: do jobs until told to stop."""
+    _prepare_process()
+    import torch
+
+    coordinator = config["coordinator"]
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+    workers = Workers.here()
+    incarnation = workers.share(uuid.uuid4().hex)
+    _jobs()  # imported before the first job asks for them
+    last, pause = 0, _POLL_S
+    while True:
+        # Every worker asks for itself: one that waited for the first in a collective would time out in a long idle spell.
+        given = ray.get(coordinator.next.remote(incarnation, last))
+        if given is None:
+            time.sleep(pause)
+            pause = min(1.0, pause * 1.2)
+            continue
+        if given.get("stop"):
+            return
+        last, pause = given["number"], _POLL_S
+        report = _attempt(given["job"], workers, _Reporter(coordinator, last))
+        ray.get(coordinator.report.remote(last, incarnation, workers.rank, report))
+        if report.get("error") and not _settled(coordinator, last):
+            ray.get(coordinator.give_up.remote(last, report))
+            raise RuntimeError(f"the training group must start afresh: {report['error']}")
+
+
+def _attempt(job: dict[str, Any], workers: Workers, reporter: _Reporter) -> dict[str, Any]:
+    """Run a job; what became of it, as plain data."""
+    from operators.config import parse
+    from train.parallel import JobError
+
+    workers.report = reporter
+    try:
+        model, function = _jobs()[job["kind"]]
+        result = function(parse(model, job["config"], job["kind"]), job["directory"], workers)
+        return {"result": result if workers.first else None}
+    except JobCancelled as error:
+        return {"error": str(error), "details": "", "cancelled": True, "secondary": False}
+    except Exception as error:  # noqa: BLE001  told to the stage that submitted the job
+        message = str(error) if isinstance(error, JobError) else f"{type(error).__name__}: {error}"
+        return {"error": message, "details": traceback.format_exc(), "secondary": isinstance(error, JobError)}
+
+
+def _settled(coordinator: Any, number: int) -> bool:
+    deadline = time.monotonic() + _GRACE_S
+    while time.monotonic() < deadline:
+        if ray.get(coordinator.settled.remote(number)):
+            return True
+        time.sleep(_POLL_S)
+    return False
+
+
+class _Reporter:
+    """Tells the coordinator of each step without waiting for it; learns of a wish to stop one step later."""
+
+    def __init__(self, coordinator: Any, number: int) -> None:
+        self._coordinator, self._number = coordinator, number
+        self._pending: Any = None
+        self._stop = False
+
+    def __call__(self, done: int, total: int, note: str, metrics: dict[str, Any]) -> bool:
+        if self._pending is None or ray.wait([self._pending], timeout=0)[0]:
+            if self._pending is not None:
+                self._stop = self._stop or bool(ray.get(self._pending))
+            self._pending = self._coordinator.step.remote(self._number, done, total, note, metrics)
+        return self._stop
+
+
+def _prepare_process() -> None:
+    """No hub, no telemetry, no progress bars: set before transformers is imported."""
+    for name, value in {
+        "HF_HUB_OFFLINE": "1",
+        "HF_DATASETS_OFFLINE": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "TRANSFORMERS_VERBOSITY": "error",
+    }.items():
+        os.environ[name] = value
+
+
+def _jobs() -> dict[str, tuple[Any, Callable[..., dict[str, Any]]]]:
+    from transformers.utils import logging
+
+    from train import dpo, evaluate, pretrain, settings, sft
+
+    logging.disable_progress_bar()
+    return {
+        "pretrain": (settings.PretrainJob, pretrain.run),
+        "sft": (settings.SftJob, sft.run),
+        "dpo": (settings.DpoJob, dpo.run),
+        "evaluate": (settings.EvaluateJob, evaluate.run),
+    }
