@@ -35,7 +35,9 @@ class GopherRepetitionLimits(Settings):
     max_top_2_gram: float | None = Field(default=0.2, description="share of characters in the most frequent 2-gram of words")
     max_top_3_gram: float | None = Field(default=0.18, description="the same for 3-grams")
     max_top_4_gram: float | None = Field(default=0.16, description="the same for 4-grams")
-    max_duplicate_5_grams: float | None = Field(default=0.15, description="share of characters in 5-grams that repeat an earlier one")
+    max_duplicate_5_grams: float | None = Field(
+        default=0.15, description="share of characters in 5-grams that repeat"
+    )
     max_duplicate_6_grams: float | None = Field(default=0.14, description="the same for 6-grams")
     max_duplicate_7_grams: float | None = Field(default=0.13, description="the same for 7-grams")
     max_duplicate_8_grams: float | None = Field(default=0.12, description="the same for 8-grams")
