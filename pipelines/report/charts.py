@@ -87,14 +87,15 @@ def nice_ticks(low: float, high: float, count: int = 4) -> list[float]:
     """Round numbers that span low..high: steps of 1, 2, 2.5 or 5 times a power of ten."""
     if not (math.isfinite(low) and math.isfinite(high)):
         return [0.0, 1.0]
-    if high <= low:
+    if high - low <= 1e-9 * max(abs(low), abs(high)):
         pad = abs(low) * 0.1 or 1.0
         low, high = low - pad, high + pad
     raw = (high - low) / max(1, count)
     power = 10.0 ** math.floor(math.log10(raw))
     step = next(factor * power for factor in (1, 2, 2.5, 5, 10) if factor * power >= raw * 0.999)
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
-    return [round(index * step, 12) for index in range(first, last + 1)]
+    digits = 3 - math.floor(math.log10(step))
+    return [round(index * step, digits) + 0.0 for index in range(first, last + 1)]
 
 
 def histogram(bins: Sequence[tuple[str, Number]], style: str = "s1", height: int = 148) -> Markup:

@@ -237,10 +237,11 @@ def _web(writer: _Writer) -> None:
                 "quarantined": True,
             }
         )
+    sites = {f"site-{n:02d}.example": 520 // (n * n + 1) + 1 for n in range(2, 20)}
     stats = {
         "funnel": funnel,
         "languages": {"en": 611, "zh": 235},
-        "sources": {"libreoffice-help": 520, "python-docs": 260, **{f"site-{n:02d}.example": max(1, 520 // (n * n + 1)) for n in range(2, 20)}},
+        "sources": {"libreoffice-help": 520, "python-docs": 260, **sites},
         "lengths": {
             "en": {f"2^{k}": int(230 * math.exp(-((k - 11) ** 2) / 5)) for k in range(6, 18)},
             "zh": {f"2^{k}": int(96 * math.exp(-((k - 9.5) ** 2) / 4)) for k in range(5, 16)},
