@@ -63,8 +63,8 @@ def _bins(remainders: np.ndarray, length: int) -> tuple[np.ndarray, int]:
     following = np.empty(documents, np.int64)
     occupied = np.zeros(length // 64 + 2, np.uint64)  # one bit for each room that some bin has
     bins = 0
-    for document in order:
-        size = int(remainders[document])
+    for largest in order:
+        size = int(remainders[largest])
         if size == 0:
             break
         word = size >> 6
@@ -84,7 +84,7 @@ def _bins(remainders: np.ndarray, length: int) -> tuple[np.ndarray, int]:
             head[room] = following[chosen]
             if head[room] < 0:
                 occupied[room >> 6] &= ~(np.uint64(1) << np.uint64(room & 63))
-        bin_of[document] = chosen
+        bin_of[largest] = chosen
         room -= size
         if room > 0:
             following[chosen] = head[room]

@@ -155,18 +155,23 @@ class _Window:
         self._lengths.append(lengths + 1)
         self.token_count += len(closed)
 
-    def take(self) -> Documents | None:
-        """What came in since the last call; None when nothing did."""
+    def take(self, most_tokens: int | None = None) -> Documents | None:
+        """What came in since the last call, None when nothing did. With `most_tokens`: up to and with the document that
+        reaches them; the others stay."""
         if not self._batches:
             return None
         rows = pa.Table.from_batches(self._batches).combine_chunks()
-        lengths = np.concatenate(self._lengths)
+        lengths, tokens = np.concatenate(self._lengths), np.concatenate(self._tokens)
         offsets = np.zeros(len(lengths) + 1, np.int64)
         np.cumsum(lengths, out=offsets[1:])
-        ids, sources, langs = (rows[name].combine_chunks() for name in ("id", "source", "lang"))
-        documents = Documents(ids, sources, langs, np.concatenate(self._tokens), offsets)
-        self._batches, self._tokens, self._lengths, self.token_count = [], [], [], 0
-        return documents
+        last = len(lengths)
+        if most_tokens is not None:
+            last = min(last, int(np.searchsorted(offsets, most_tokens)))
+        self._batches = rows.slice(last).to_batches()
+        self._lengths, self._tokens = [lengths[last:]], [tokens[offsets[last] :]]
+        self.token_count = len(self._tokens[0])
+        ids, sources, langs = (rows[name].slice(0, last).combine_chunks() for name in ("id", "source", "lang"))
+        return Documents(ids, sources, langs, tokens[: offsets[last]], offsets[: last + 1])
 
 
 def pack_span(span: Span, encoder: Encoder, settings: PackSettings, writer: UnitWriter) -> tuple[Ledger, dict[str, Any]]:
@@ -180,8 +185,8 @@ def pack_span(span: Span, encoder: Encoder, settings: PackSettings, writer: Unit
     stats |= {"tokens_in": 0, "tokens": 0, "tokens_cut": 0, "padding_tokens": 0, "documents_cut": 0, "documents_split": 0}
     stats |= {"languages": {}, "sources": {}}
 
-    def flush() -> None:
-        documents = window.take()
+    def flush(most_tokens: int | None = None) -> None:
+        documents = window.take(most_tokens)
         if documents is None:
             return
         packed, counts = pack_documents(documents, settings)
@@ -203,8 +208,8 @@ def pack_span(span: Span, encoder: Encoder, settings: PackSettings, writer: Unit
             for row in _by_size(kept):
                 window.add(row)
                 stats["packed"] += row.num_rows
-                if window.token_count >= _MOST_WINDOW_TOKENS:
-                    flush()
+                while window.token_count >= _MOST_WINDOW_TOKENS:
+                    flush(_MOST_WINDOW_TOKENS)
             if seen % settings.window_documents == 0:
                 flush()
     flush()

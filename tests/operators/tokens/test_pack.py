@@ -18,10 +18,11 @@ import pytest
 
 from operators import shards, tables
 from operators.stage import StageContext
-from operators.tokens import bpe
+from operators.tokens import bpe, pack
 from operators.tokens.encode import Encoder, TokenizerFiles
 from operators.tokens.holdout import is_held_out
 from operators.tokens.pack import pack_stage
+from operators.tokens.window import spans
 from pipelines.stages.tokens import PackStage
 from tests.operators.tokens.build import bilingual, context, corpus
 
@@ -174,6 +175,24 @@ def test_nothing_left_to_pack_is_an_error_that_says_so(tmp_path: Path, tokenizer
         run(tmp_path / "b", ROWS[:3], nameless)
 
 
+@pytest.mark.parametrize("most", [1, 300, 5000])
+def test_a_window_of_huge_documents_is_packed_early_at_the_same_documents(
+    tmp_path: Path, tokenizer: TokenizerFiles, monkeypatch: pytest.MonkeyPatch, most: int
+) -> None:
+    monkeypatch.setattr(pack, "_MOST_WINDOW_TOKENS", most)
+    settings = pack.PackSettings(length=32, eos_token_id=0, padding_token_id=1, window_documents=64)
+    made = []
+    for name, part_rows in (("a", [400]), ("b", [13, 1, 130, 7])):
+        (span,) = spans(shards.parts([corpus(tmp_path / name, "docs", ROWS, part_rows)]), 64, 100)
+        writer = shards.UnitWriter(str(tmp_path / name / "out"), 0)
+        ledger, stats = pack.pack_span(span, Encoder(tokenizer.model), settings, writer)
+        record = writer.commit(ledger, stats)
+        paths = [tmp_path / name / "out" / part["name"] for part in record["parts"]]
+        made.append(pa.concat_tables([pq.read_table(path) for path in paths]))
+        assert stats["tokens"] == stats["tokens_in"]
+    assert made[0].equals(made[1])
+
+
 def test_a_pack_stage_names_one_tokenizer() -> None:
     assert PackStage(input=["a", "b"], tokenizer="bpe", length=64).input_names() == ["a", "b", "bpe"]
     with pytest.raises(ValueError, match="either `tokenizer`"):
@@ -185,6 +204,7 @@ import sys
 import ray
 from operators.tokens.encode import TokenizerFiles
 from operators.tokens.pack import pack_stage
+from operators.tokens.window import spans
 from pathlib import Path
 from tests.operators.tokens.build import context
 
