@@ -87,8 +87,8 @@ def nice_ticks(low: float, high: float, count: int = 4) -> list[float]:
     """Round numbers that span low..high: steps of 1, 2, 2.5 or 5 times a power of ten."""
     if not (math.isfinite(low) and math.isfinite(high)):
         return [0.0, 1.0]
-    if high - low <= 1e-9 * max(abs(low), abs(high)):
-        pad = abs(low) * 0.1 or 1.0
+    if high - low <= max(1e-9 * max(abs(low), abs(high)), 1e-290):
+        pad = abs(low) * 0.1 if abs(low) > 1e-280 else 1.0
         low, high = low - pad, high + pad
     raw = (high - low) / max(1, count)
     power = 10.0 ** math.floor(math.log10(raw))

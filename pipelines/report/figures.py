@@ -40,7 +40,7 @@ def tick(value: Number) -> str:
     if abs(value) >= 10_000:
         return compact(value)
     if value and abs(value) < 1e-3:
-        return f"{value:.2g}".replace("e-0", "e-").replace("-", "−")
+        return f"{value:.1e}".replace(".0e", "e").replace("e-0", "e-").replace("-", "−")
     return f"{value:.6g}".replace("-", "−")
 
 
