@@ -37,6 +37,7 @@ def connect(address: str | None = None, cpus: int | None = None, object_store_by
 
     if not ray.is_initialized():
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # what Ray's C++ core says on the driver's standard error
         if address is not None:
             ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
         else:
@@ -51,9 +52,7 @@ def connect(address: str | None = None, cpus: int | None = None, object_store_by
                 configure_logging=True,
             )
     resources = ray.cluster_resources()
-    return Connection(
-        ray.get_runtime_context().gcs_address, resources.get("CPU", 0.0), resources.get("GPU", 0.0), address is None
-    )
+    return Connection(ray.get_runtime_context().gcs_address, resources.get("CPU", 0.0), resources.get("GPU", 0.0), address is None)
 
 
 def disconnect() -> None:

@@ -53,15 +53,16 @@ def _model_at(model: type[pydantic.BaseModel], path: list[str]) -> type[pydantic
     for piece in path:
         if current is None or piece not in current.model_fields:
             continue  # an index of a list, or the tag of a union
-        current = _first_model(current.model_fields[piece].annotation)
+        current = first_model(current.model_fields[piece].annotation)
     return current
 
 
-def _first_model(annotation: Any) -> type[pydantic.BaseModel] | None:
+def first_model(annotation: Any) -> type[pydantic.BaseModel] | None:
+    """The settings model inside a type: itself, or the first one among the arguments of a union, list or mapping."""
     if isinstance(annotation, type) and issubclass(annotation, pydantic.BaseModel):
         return annotation
     for argument in getattr(annotation, "__args__", ()):
-        found = _first_model(argument)
+        found = first_model(argument)
         if found is not None:
             return found
     return None

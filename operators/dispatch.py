@@ -7,6 +7,7 @@ Ray Data brings scheduling, an autoscaling pool and retries after a node is lost
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -52,6 +53,7 @@ def run_units(
     if not units:
         return
     ray.data.DataContext.get_current().enable_progress_bars = False
+    logging.getLogger("ray.data").setLevel(logging.ERROR)  # one line per executor and stage: the runner tells progress
     blocks = ray.data.from_items([{"unit": json.dumps(unit)} for unit in units], override_num_blocks=len(units))
     pool = ray.data.ActorPoolStrategy(min_size=1, max_size=max(1, min(context.workers, len(units))))
     done = blocks.map_batches(

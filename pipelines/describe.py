@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 import typing
 from typing import Any
 
@@ -10,7 +11,7 @@ import pydantic
 from pydantic_core import PydanticUndefined
 
 from operators import registry
-from operators.config import SettingsError, nearest
+from operators.config import SettingsError, first_model, nearest
 from pipelines import stages
 
 
@@ -53,8 +54,8 @@ def _settings(model: type[pydantic.BaseModel], skip: set[str] = frozenset(), ind
         lines.append(f"{indent}  {name}: {_type(field.annotation)} ({default})")
         if field.description:
             lines.append(f"{indent}      {field.description}")
-        nested = field.annotation
-        if isinstance(nested, type) and issubclass(nested, pydantic.BaseModel):
+        nested = first_model(field.annotation)
+        if nested is not None:
             lines += _settings(nested, indent=indent + "      ")[1:]
     return lines
 
@@ -72,4 +73,5 @@ def _default(field: Any) -> str:
 def _type(annotation: Any) -> str:
     if isinstance(annotation, type) and not typing.get_args(annotation):
         return annotation.__name__
-    return str(annotation).replace("typing.", "").replace("NoneType", "None")
+    named = re.sub(r"<class '([^']+)'>", r"\1", str(annotation))
+    return re.sub(r"\b(?:[a-z_]+\.)+(?=[A-Za-z])", "", named).replace("NoneType", "None")
