@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 
-import datasketch
 import numba as nb
 import numpy as np
 
@@ -16,6 +15,8 @@ import numpy as np
 @functools.cache
 def optimal_bands(threshold: float, permutations: int) -> tuple[int, int]:
     """(bands, rows) with the least sum of false positives and false negatives: datasketch's integral, weights 1/2 each."""
+    import datasketch  # brings scipy: seconds that a worker, which is told the shape, need not spend
+
     index = datasketch.MinHashLSH(threshold=threshold, num_perm=permutations)
     return int(index.b), int(index.r)
 

@@ -35,7 +35,7 @@ class _DatasetDedup:
 
     def __init__(self, **options: Any) -> None:
         """Options are those of `operators.dedup.options.DedupOptions`, without `method`. Raises SettingsError."""
-        self.options = parse(DedupOptions, {"method": self.method, **options}, type(self).__name__)
+        self.options = parse(DedupOptions, {"method": self.method, **options}, type(self).__name__).with_shape()
 
     def __call__(self, dataset: ray.data.Dataset) -> ray.data.Dataset:
         """The rows that stay. Runs at once (a global step), and keeps the blocks in the object store."""

@@ -95,6 +95,11 @@ class DedupOptions(ShingleOptions):
             return self.bands, self.rows
         return optimal_bands(self.threshold, self.permutations)
 
+    def with_shape(self) -> DedupOptions:
+        """The same options with bands and rows spelled out."""
+        bands, rows = self.shape
+        return self.model_copy(update={"bands": bands, "rows": rows})
+
     def columns(self) -> list[str]:
         """The columns a document must have, without its id."""
         wanted = [self.column, self.language_column, self.keep_column if self.keep == "best" else None]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datasketch
 import numpy as np
 import pyarrow as pa
 
@@ -55,6 +54,8 @@ def sign_with_datasketch(
     hashing: str = "fast",
 ) -> Signatures:
     """What `signatures.sign` returns, computed by `datasketch.MinHash`."""
+    import datasketch  # brings scipy: only for those who choose this back end
+
     units = units_of(langs, len(texts), unit)
     values, signed = np.full((len(texts), count), 0xFFFFFFFF, np.uint32), np.zeros(len(texts), np.bool_)
     empty = datasketch.MinHash(count, seed)

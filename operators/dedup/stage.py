@@ -36,7 +36,7 @@ def partitions_for(rows: int, options: DedupOptions) -> int:
 def run_dedup(context: StageContext, options: DedupOptions, inputs: list[str]) -> None:
     """Write a view of the input directories without their duplicates into `context.directory`."""
     started = time.time()
-    parts = shards.parts(inputs)
+    parts, options = shards.parts(inputs), options.with_shape()
     plan = phases.Plan(context.directory, parts, options, partitions_for(sum(part.rows for part in parts), options))
     units = len(plan.parts)
     steps: list[tuple[str, Unit, int]] = [
