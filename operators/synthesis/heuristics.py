@@ -35,6 +35,15 @@ _NO_INPUT = frozenset(
 )
 
 
+_REFUSAL = re.compile(
+    r"\b(?:i'?m|i am) sorry\b|\bas an ai\b|\b(?:i'?m|i am) (?:just |only )?an? (?:ai|language model)\b"
+    r"|\bi (?:cannot|can'?t|am unable)\b"
+    r"|抱歉|对不起|作为一个?(?:人工智能|AI|语言模型)|我(?:不能|无法)",
+    re.IGNORECASE,
+)
+_REFUSAL_WINDOW = 160  # characters of a reply's beginning in which a refusal shows itself
+
+
 class InstructionRules(Settings):
     """Which generated instructions are set aside. Lengths are words in English, characters and words in Chinese."""
 
@@ -122,10 +131,17 @@ def check_instance(instruction: str, given: str, output: str, lang: str, min_scr
         return Reject("prompt_marker")
     if lang == "zh" and script_share(output, lang) < min_script and length_of(output, lang) > 8:
         return Reject("wrong_language", script_share(output, lang))
+    if refuses(output):
+        return Reject("refusal")
     repetition = repeated_share(output)
     if repetition > 0.5:
         return Reject("repetitive", repetition)
     return None
+
+
+def refuses(text: str) -> bool:
+    """True when a reply begins by refusing, by apologising, or by speaking of itself as a language model."""
+    return bool(_REFUSAL.search(text[:_REFUSAL_WINDOW].replace("\u2019", "'")))
 
 
 def contradicts(instances: Sequence[tuple[str, str]]) -> bool:
