@@ -77,6 +77,7 @@ def render(run: RunView) -> str:
         lineage=lineage.drawing(run),
         accounts={account.stage.name: account for account in rows},
         balances=accounts.balances(run),
+        classifier_stages=run.of_kind("quality_classifier"),
         corpus_stages=run.of_kind("corpus"),
         dedup_stages=run.of_kind("dedup"),
         token_stages=run.of_kind("tokenizer", "pack"),
@@ -99,7 +100,7 @@ def _sections(run: RunView) -> list[str]:
     """Sections whose kinds of stage the recipe has, in reading order."""
     kinds = {stage.kind for stage in run.stages}
     wanted = {
-        "corpus": {"corpus"},
+        "corpus": {"corpus", "quality_classifier"},
         "duplicates": {"dedup"},
         "tokens": {"tokenizer", "pack"},
         "synthesis": set(SYNTHESIS_KINDS),
@@ -125,7 +126,6 @@ def _functions() -> dict[str, Any]:
         "histogram": charts.histogram,
         "rate": charts.rate,
         "bar": _bar,
-        "stacked": _stacked,
         "distribution": corpus.distribution,
         "funnel": corpus.funnel,
         "reasons": corpus.reasons,
@@ -142,7 +142,7 @@ def _functions() -> dict[str, Any]:
         "models": evaluation.models,
         "perplexities": evaluation.perplexities,
         "perplexity_chart": lambda stage: evaluation.perplexity_chart(
-            stage, lambda row: " ".join(filter(None, (row.lang, row.source)))
+            stage, lambda row: " ".join(filter(None, (row.lang, row.source))).replace("* *", "*")
         ),
         "model_legend": lambda names: [(evaluation.style(index), name) for index, name in enumerate(names)],
         "style": evaluation.style,
@@ -157,17 +157,6 @@ def _shown(value: Any) -> Any:
 
 def _bar(value: figures.Number, total: figures.Number, style: str) -> Markup:
     return charts.bar([charts.Segment(value, style, f"{figures.number(value)} · {figures.percent(value, total)}")], total)
-
-
-def _stacked(pieces: list[tuple[figures.Number, str, str]]) -> Markup:
-    total = sum(value for value, _, _ in pieces)
-    return charts.bar(
-        [
-            charts.Segment(value, style, f"{name} {figures.number(value)} · {figures.percent(value, total)}")
-            for value, style, name in pieces
-        ],
-        total,
-    )
 
 
 def cluster_bins(clusters: dict[str, figures.Number]) -> list[tuple[str, figures.Number]]:

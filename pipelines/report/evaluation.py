@@ -12,6 +12,7 @@ from pipelines.report import charts
 from pipelines.report.figures import change
 from pipelines.report.view import StageView
 
+ALL = "*"  # stands for every language or every source in the manifest
 _STEPS = (0.02, 0.05, 0.15, 0.4)  # relative change from which a cell takes the next depth of colour
 
 
@@ -31,6 +32,11 @@ class Row:
     documents: int | None
     tokens: int | None
     cells: list[Cell]
+
+    @property
+    def total(self) -> bool:
+        """Over all sources, or over all languages too."""
+        return ALL in (self.lang, self.source)
 
 
 def models(stage: StageView) -> list[str]:

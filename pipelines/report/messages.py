@@ -36,6 +36,7 @@ MESSAGES: dict[str, tuple[str, str]] = {
     "verdict.took": ("took {time}", "耗时 {time}"),
     "verdict.started": ("started {time}", "开始于 {time}"),
     "verdict.equations": ("{n} equation checked|{n} equations checked", "已核对 {n} 个等式"),
+    "verdict.limit": ("trial run on a sample: at most {n} rows or steps", "抽样试运行：至多 {n} 行或步"),
     "verdict.incomplete_note": (
         "What follows shows the stages that are done. The other ones have no numbers yet; the same command goes on from here.",
         "以下只列出已完成的阶段，其余阶段尚无数字；重新执行同一命令即可继续。",
@@ -121,6 +122,8 @@ MESSAGES: dict[str, tuple[str, str]] = {
     "status.no_numbers": ("{stage}: {status}. There are no numbers to show.", "{stage}：{status}，暂无数字可显示。"),
     # kinds of stage
     "kind.corpus": ("corpus", "语料"),
+    "kind.quality_classifier": ("quality classifier", "质量分类器"),
+    "kind.conversations": ("conversations", "对话数据"),
     "kind.dedup": ("dedup", "去重"),
     "kind.tokenizer": ("tokenizer", "分词器"),
     "kind.pack": ("pack", "打包"),
@@ -177,10 +180,16 @@ MESSAGES: dict[str, tuple[str, str]] = {
     "corpus.lengths": ("Length in characters", "字符数分布"),
     "corpus.quality": ("Quality score", "质量得分"),
     "corpus.of_kept": ("of the kept documents", "保留的文档"),
+    "corpus.accuracy": ("Held-out accuracy", "留出集准确率"),
+    "corpus.held_out": ("Held-out documents", "留出文档"),
+    "corpus.trained_good": ("Good documents", "正例文档"),
+    "corpus.trained_bad": ("Bad documents", "反例文档"),
     # duplicates
     "duplicates.compared": ("Compared", "比对"),
     "duplicates.exact": ("Exact duplicates", "完全重复"),
     "duplicates.near": ("Near duplicates", "近似重复"),
+    "duplicates.verified": ("Pairs verified", "已核验配对"),
+    "duplicates.same_ids": ("Repeated ids", "重复编号"),
     "duplicates.remaining": ("Remaining", "剩余"),
     "duplicates.edges": ("Matching pairs", "匹配对"),
     "duplicates.clusters": ("Near-duplicate clusters by size", "近似重复簇的大小"),
@@ -203,8 +212,8 @@ MESSAGES: dict[str, tuple[str, str]] = {
     "tokens.set_aside": ("Set aside", "搁置"),
     "tokens.sequences": ("Sequences", "序列"),
     "tokens.tokens": ("Tokens", "词元"),
+    "tokens.cut": ("Tokens cut", "截去词元"),
     "tokens.padding": ("Padding", "填充"),
-    "tokens.fill": ("Tokens and padding", "词元与填充"),
     "tokens.by_language": ("Tokens by language", "各语言词元"),
     "tokens.by_source": ("Tokens by source", "各来源词元"),
     # synthesis
@@ -248,6 +257,8 @@ MESSAGES: dict[str, tuple[str, str]] = {
     "training.step": ("step", "步"),
     "training.loss": ("Loss", "损失"),
     "training.learning_rate": ("Learning rate", "学习率"),
+    "training.mixture": ("Mixture, samples by input", "数据配比（按输入计样本）"),
+    "training.set_aside": ("Examples set aside", "搁置的样本"),
     "training.no_curve": ("This stage left no curve.", "本阶段没有留下曲线。"),
     # evaluation
     "evaluation.perplexity": ("Held-out perplexity", "留出集困惑度"),
@@ -260,6 +271,9 @@ MESSAGES: dict[str, tuple[str, str]] = {
     "evaluation.documents": ("Documents", "文档数"),
     "evaluation.tokens": ("Tokens", "词元"),
     "evaluation.preference": ("Preference accuracy", "偏好准确率"),
+    "evaluation.preference_reference": ("Preference accuracy against the reference", "相对参考模型的偏好准确率"),
+    "evaluation.pairs": ("{n} pair|{n} pairs", "{n} 对"),
+    "evaluation.all": ("all", "全部"),
     "evaluation.preference_note": (
         "How often a model finds the chosen reply more likely than the rejected one. The mark is chance, 50%.",
         "模型认为选用回复比落选回复更可能的比例。刻度为随机水平 50%。",
@@ -282,8 +296,8 @@ MESSAGES: dict[str, tuple[str, str]] = {
     "resources.platform": ("Platform", "系统平台"),
     "resources.versions": ("Versions", "版本"),
     "resources.reused_note": (
-        "Reused stages took no time in this run; CPU time and memory are those of the run that made them.",
-        "沿用的阶段在本次运行中不耗时；其处理器时间与内存为当初生成时的记录。",
+        "Times in brackets: the stage was reused and took no time in this run; the numbers are those of the run that made it.",
+        "括号中的用时：该阶段为沿用，本次运行未耗时，数字为当初生成时的记录。",
     ),
     "recipe.command": ("Command", "命令"),
     "recipe.fingerprints": ("Fingerprints", "指纹"),

@@ -12,7 +12,7 @@ from pipelines.report import charts
 from pipelines.report.figures import duration, number
 from pipelines.report.view import RunView, StageView
 
-_OWN_COLUMNS = {"units", "unit_seconds", "cpu_seconds", "peak_rss_bytes"}
+_OWN_COLUMNS = {"units", "cpu_seconds", "peak_rss_bytes", "started", "wall_seconds"}
 
 
 @dataclass(frozen=True)
@@ -28,16 +28,17 @@ class Usage:
 
 def _offset(stage: StageView, run: RunView) -> float | None:
     """Seconds from the run's start to the stage's, where both are known."""
+    started = stage.timings.get("started")
     try:
-        return max(0.0, (datetime.fromisoformat(stage.started or "") - datetime.fromisoformat(run.started)).total_seconds())
-    except (ValueError, TypeError):
+        return max(0.0, float(started) - datetime.fromisoformat(run.started).timestamp()) if started is not None else None
+    except ValueError:
         return None
 
 
 def usages(run: RunView) -> tuple[list[Usage], bool]:
     """One entry a stage, and whether the bars begin where their stages began."""
     offsets = {stage.name: _offset(stage, run) for stage in run.stages}
-    ran = [stage for stage in run.stages if stage.seconds > 0]
+    ran = [stage for stage in run.stages if stage.seconds > 0 and not stage.reused]
     placed = bool(ran) and all(offsets[stage.name] is not None for stage in ran)
     total = max([run.seconds if placed else 0.0] + [(offsets[s.name] or 0.0 if placed else 0.0) + s.seconds for s in ran])
     found = []
@@ -45,7 +46,7 @@ def usages(run: RunView) -> tuple[list[Usage], bool]:
         start = (offsets[stage.name] or 0.0) if placed else 0.0
         bar = (
             charts.span(start, stage.seconds, total, "s1", f"{stage.name} · {duration(stage.seconds)}")
-            if stage.seconds > 0
+            if stage.seconds > 0 and not stage.reused
             else Markup("")
         )
         timings = stage.timings

@@ -89,6 +89,7 @@ class Summary:
     first_loss: float | None
     last_loss: float | None
     speed: float | None  # tokens a second
+    mixture: dict[str, Number]  # samples by input stage
 
 
 def summaries(run: RunView) -> list[Summary]:
@@ -109,9 +110,17 @@ def summaries(run: RunView) -> list[Summary]:
                 first_loss=losses[0] if losses else None,
                 last_loss=losses[-1] if losses else None,
                 speed=speed(stage),
+                mixture=_mixture(stage),
             )
         )
     return found
+
+
+def _mixture(stage: StageView) -> dict[str, Number]:
+    shares = stage.stats.get("mixture")
+    if not isinstance(shares, dict):
+        return {}
+    return {str(name): share.get("samples", 0) for name, share in shares.items() if isinstance(share, dict)}
 
 
 def speed(stage: StageView) -> float | None:

@@ -25,7 +25,6 @@ class StageView:
     status: str
     seconds: float
     reused: bool
-    started: str | None = None
     manifest: shards.Manifest | None = None
     timings: dict[str, Any] = field(default_factory=dict)
     problem: str | None = None
@@ -69,6 +68,7 @@ class RunView:
     machine: dict[str, Any]
     command: str
     message: str | None
+    limit: int | None = None
 
     def of_kind(self, *kinds: str) -> list[StageView]:
         return [stage for stage in self.stages if stage.kind in kinds]
@@ -105,6 +105,7 @@ def load_run(run_directory: str) -> RunView:
         machine=dict(record.get("machine") or {}),
         command=str(record.get("command") or ""),
         message=str(record["message"]) if record.get("message") else None,
+        limit=record.get("limit"),
     )
 
 
@@ -128,7 +129,6 @@ def _load_stage(run_directory: str, name: str, entry: dict[str, Any]) -> StageVi
         status=status,
         seconds=float(entry.get("seconds") or 0.0),
         reused=bool(entry.get("reused")),
-        started=entry.get("started"),
         manifest=manifest,
         timings=timings,
         problem=None if problem is None else str(problem),
