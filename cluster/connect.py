@@ -12,6 +12,10 @@ import psutil
 
 _MOST_OBJECT_STORE_BYTES = 2 << 30
 _LEAST_OBJECT_STORE_BYTES = 256 << 20
+_SERVERS = ("raylet", "gcs_server")
+_STARTS = 3
+
+_connected_here = False  # whether this module, not the program around it, connected the process to Ray
 
 
 @dataclass(frozen=True)
@@ -29,38 +33,61 @@ def connect(address: str | None = None, cpus: int | None = None, object_store_by
 
     Logical CPUs are at least twice the cores: engines, training workers and data tasks wait on each other, and with
     one logical CPU a core the waiting ones would starve the others. The object store is a fifth of the memory, between
-    256 MiB and 2 GiB, because text never enters it. No dashboard, no usage report.
+    256 MiB and 2 GiB, because text never enters it. No dashboard, no usage report. A process that is connected to a Ray
+    already keeps that one.
 
-    Raises ConnectionError when there is no Ray at `address`.
+    Raises ConnectionError when there is no Ray at `address`, or none can be started.
     """
     import ray
 
+    global _connected_here
     if not ray.is_initialized():
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # what Ray's C++ core says on the driver's standard error
         if address is not None:
-            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+            try:
+                ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+            except (ConnectionError, RuntimeError, ValueError, OSError) as error:
+                raise ConnectionError(f"no Ray answers at {address!r}: {error}") from error
         else:
             memory = psutil.virtual_memory().total
             store = object_store_bytes or min(_MOST_OBJECT_STORE_BYTES, max(_LEAST_OBJECT_STORE_BYTES, memory // 5))
+            _start_local(cpus or max(4, 2 * (os.cpu_count() or 1)), store)
+        _connected_here = True
+    resources = ray.cluster_resources()
+    return Connection(ray.get_runtime_context().gcs_address, resources.get("CPU", 0.0), resources.get("GPU", 0.0), address is None)
+
+
+def _start_local(cpus: int, object_store_bytes: int) -> None:
+    """`ray.init`, tried again where a busy machine takes longer than the 30 seconds that Ray allows its own servers."""
+    import ray
+
+    for attempt in range(_STARTS):
+        try:
             ray.init(
-                num_cpus=cpus or max(4, 2 * (os.cpu_count() or 1)),
-                object_store_memory=store,
+                address="local",  # whatever RAY_ADDRESS says, and beside any cluster that runs on this machine
+                num_cpus=cpus,
+                object_store_memory=object_store_bytes,
                 include_dashboard=False,
                 log_to_driver=False,
                 logging_level=logging.ERROR,
                 configure_logging=True,
             )
-    resources = ray.cluster_resources()
-    return Connection(ray.get_runtime_context().gcs_address, resources.get("CPU", 0.0), resources.get("GPU", 0.0), address is None)
+            return
+        except Exception as error:
+            ray.shutdown()
+            if "timed out during startup" not in str(error) or attempt == _STARTS - 1:
+                raise ConnectionError(f"Ray could not be started on this machine: {error}") from error
 
 
 def disconnect() -> None:
-    """Leave Ray; ends it when `connect` started it here."""
+    """Leave Ray if `connect` joined it, end it if `connect` started it; a Ray that was there before stays."""
     import ray
 
-    if ray.is_initialized():
+    global _connected_here
+    if _connected_here and ray.is_initialized():
         ray.shutdown()
+    _connected_here = False
 
 
 def gpu_count() -> int:
@@ -70,3 +97,12 @@ def gpu_count() -> int:
         return 0
     listed = subprocess.run([tool, "-L"], capture_output=True, text=True, check=False)
     return listed.stdout.count("GPU ") if listed.returncode == 0 else 0
+
+
+def ended_servers() -> list[str]:
+    """Names of the servers of a Ray started here that have ended (`raylet`, `gcs_server`); empty while all is well.
+
+    Ray's own answer to a dead server is to wait a minute and then to end the driver without a word.
+    """
+    found = {child.name(): child.status() for child in psutil.Process().children() if child.name() in _SERVERS}
+    return [name for name in _SERVERS if found.get(name) in (None, psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)]

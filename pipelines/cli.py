@@ -105,7 +105,7 @@ def _run(parsed: argparse.Namespace) -> int:
     from pipelines.recipe import load_recipe
     from pipelines.report.build import build_report
     from pipelines.report.summary import summary_table
-    from pipelines.runner import Options, Run, RunError, resume_command
+    from pipelines.runner import Options, RayLost, Run, RunError, resume_command
 
     recipe, text = load_recipe(parsed.recipe)
     options = Options(
@@ -127,11 +127,13 @@ def _run(parsed: argparse.Namespace) -> int:
             run.stop()
 
         previous = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
-        code, message = 0, ""
+        code, message, waiting = 0, "", False
         try:
             run.execute()
         except Cancelled:
-            code, message = 130, f"stopped; what was committed stays. Go on with: {again}"
+            code, message, waiting = 130, f"stopped; what was committed stays. Go on with: {again}", True
+        except RayLost as error:
+            code, message, waiting = 1, f"{error}; what was committed stays. Go on with: {again}", True
         except RunError as error:
             code, message = 1, f"{error}\nwhat was committed stays. Once it is mended, go on with: {again}"
         finally:
@@ -142,7 +144,7 @@ def _run(parsed: argparse.Namespace) -> int:
     for line in message.splitlines():
         _ERR.print(line, markup=False)
     _OUT.print(report, markup=False)
-    if code == 130:  # threads that wait on Ray would hold the process back
+    if waiting:  # threads that still wait on Ray would hold the process back
         sys.stdout.flush()
         os._exit(code)
     return code

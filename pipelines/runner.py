@@ -42,6 +42,10 @@ class RunError(RuntimeError):
     """A stage failed; the message says which, why, and how to go on."""
 
 
+class RayLost(RunError):
+    """Ray itself is gone. What was committed stays; the process should end without waiting for Ray."""
+
+
 @dataclass
 class Options:
     """What the command line sets for a run and what never changes a result."""
@@ -95,14 +99,25 @@ class Run:
                 try:
                     self._services.start_early(pending)
                     self._schedule()
-                finally:
-                    self._services.stop(graceful=not self.cancelled.is_set())
+                except RayLost as error:
+                    self._lost(str(error))
+                    raise
+                self._services.stop(graceful=not self.cancelled.is_set())
             self._record()
         if self.cancelled.is_set():
             raise Cancelled("stopped")
         if self._failures:
             raise RunError("\n".join(self._failures.values()))
         return self.directory
+
+    def _lost(self, message: str) -> None:
+        """Record that Ray is gone: running stages go back to pending, for they will go on from their units."""
+        with self._lock:
+            for name, status in self._status.items():
+                if status == "running":
+                    self._status[name] = "pending"
+            self._failures["ray"] = message
+        self._record()
 
     def stop(self) -> None:
         """Ask every stage to stop at its next commit."""
@@ -130,6 +145,9 @@ class Run:
                 for thread in threads:
                     thread.join(timeout=10)
                 break
+            ended = connect.ended_servers() if self.options.address is None else []
+            if ended:
+                raise RayLost(f"Ray's {' and '.join(ended)} ended while stages were running")
             self._services.stop_unneeded(self._remaining("generate"), self._remaining("train"))
         self._record()
 
