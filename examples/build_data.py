@@ -210,8 +210,8 @@ def warc_record(kind: str, url: str, block: bytes, content_type: str) -> bytes:
     return "\r\n".join([*lines, "", ""]).encode("utf-8") + block + b"\r\n\r\n"
 
 
-def write_pages(packages: Path, out: Path) -> list[dict[str, Any]]:
-    """pages.warc.gz: one gzip member a record. Returns pages left over for the quality sets."""
+def write_pages(packages: Path, out: Path) -> tuple[list[str], list[dict[str, Any]]]:
+    """pages.warc.gz: one gzip member a record. Returns the texts of its pages, and pages left over for the quality sets."""
     pages, spare = choose_pages(packages)
     info = b"software: examples/build_data.py\r\nformat: WARC File Format 1.1\r\n"
     records = [warc_record("warcinfo", "pages", info, "application/warc-fields")]
@@ -236,7 +236,7 @@ def write_pages(packages: Path, out: Path) -> list[dict[str, Any]]:
     broken[middle : middle + 64] = bytes(64)  # one record damaged on disk: the next must still be found
     members.insert(300, bytes(broken))
     (out / "pages.warc.gz").write_bytes(b"".join(members))
-    return spare
+    return [page["text"] for page in pages], spare
 
 
 # ------------------------------------------------------------------------------------------------------------ documents
@@ -323,8 +323,8 @@ SPAM = [
 ]
 
 
-def write_documents(pack: Path, out: Path) -> set[str]:
-    """documents.parquet and notes.jsonl; returns the ids used."""
+def write_documents(pack: Path, out: Path) -> tuple[list[str], set[str]]:
+    """documents.parquet and notes.jsonl; returns the texts and ids used."""
     documents, notes, ids = choose_documents(load_corpus(pack))
     versions = list(near_duplicates(pack))
     documents += versions
@@ -354,7 +354,7 @@ def write_documents(pack: Path, out: Path) -> set[str]:
         lines.insert(40 * (number + 1), line)
     lines[-1] = lines[-1].replace(b'"text": "', b'"text": "\\u0000')  # a NUL inside a text is kept
     (out / "notes.jsonl").write_bytes(b"\n".join(lines))  # no line end after the last line
-    return ids
+    return [row["text"] for row in [*documents, *notes]], ids
 
 
 # -------------------------------------------------------------------------------------------------------------- quality
@@ -375,8 +375,9 @@ def prose(text: str, chinese: bool) -> Iterator[str]:
             yield line
 
 
-def write_quality(packages: Path, pack: Path, out: Path, used: set[str], spare: list[dict[str, Any]]) -> None:
-    """Good and bad examples for a classifier, from documents and pages that the corpus files do not hold."""
+def write_quality(packages: Path, pack: Path, out: Path, used: set[str], texts: list[str], spare: list[dict[str, Any]]) -> None:
+    """Good and bad examples for a classifier, from documents (not `used`) and paragraphs that the corpus files do not hold."""
+    shipped = "\n".join(squeeze(text) for text in texts)
     corpus = load_corpus(pack).filter(~pl.col("id").is_in(list(used)))
     good: list[dict[str, Any]] = []
     for lang, names in (
@@ -389,7 +390,7 @@ def write_quality(packages: Path, pack: Path, out: Path, used: set[str], spare: 
             rows = sorted(corpus.filter((pl.col("name") == name) & group).to_dicts(), key=lambda row: order(row["id"], "good"))
             found = []
             for row in rows:
-                text = next(prose(row["text"], lang == "zh"), None)
+                text = next((run for run in prose(row["text"], lang == "zh") if squeeze(run[:2000]) not in shipped), None)
                 if text is not None:
                     found.append({"id": f"good-{row['id']}", "text": text[:2000], "language": lang, "source": name,
                                   "license": row["license"], "attribution": row["attribution"]})  # fmt: skip
@@ -407,6 +408,11 @@ def write_quality(packages: Path, pack: Path, out: Path, used: set[str], spare: 
         ]
         bad += take_in_turn(each, QUALITY_ROWS)
     write_lines(out / "quality_bad.jsonl", [{"id": f"bad-{number:04d}", **row} for number, row in enumerate(bad)])
+
+
+def squeeze(text: str) -> str:
+    """Without white space, to find a paragraph however its lines are broken."""
+    return "".join(text.split())
 
 
 def take_in_turn(groups: list[list[dict[str, Any]]], wanted: int) -> list[dict[str, Any]]:
@@ -520,9 +526,9 @@ def main() -> None:
     missing = [name for name in PACKAGES if not (arguments.packages / name).is_dir()]
     if missing:
         parser.error(f"--packages lacks {', '.join(missing)}")
-    spare = write_pages(arguments.packages, arguments.out)
-    used = write_documents(arguments.pack, arguments.out)
-    write_quality(arguments.packages, arguments.pack, arguments.out, used, spare)
+    pages, spare = write_pages(arguments.packages, arguments.out)
+    documents, used = write_documents(arguments.pack, arguments.out)
+    write_quality(arguments.packages, arguments.pack, arguments.out, used, [*pages, *documents], spare)
     for lang in ("en", "zh"):
         name = f"seed_tasks_{lang}.jsonl"
         (arguments.out / name).write_bytes((arguments.pack / "instruct" / name).read_bytes())

@@ -66,7 +66,7 @@ def _split(blocks: Iterator[bytes], offset: int, unit: Unit | None, max_line_byt
                 pieces.append(piece)
                 held += len(piece)
                 if held > max_line_bytes:  # keep what an excerpt needs
-                    pieces = [b"".join(pieces)[: 4 * EXCERPT_CHARACTERS]]
+                    pieces = [b"".join(pieces[:2])[: 4 * EXCERPT_CHARACTERS]]
     if not skipping and size:
         line = _line(offset, pieces, size, max_line_bytes)
         if line is not None:
