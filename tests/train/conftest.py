@@ -172,6 +172,14 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> str:
     return write_rows(tmp_path_factory.mktemp("run") / "clean" / "f0", "corpus", documents(400), schema)
 
 
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    """Small models are slower on two threads than on one, and results must not depend on the machine's cores."""
+    import torch
+
+    torch.set_num_threads(1)
+
+
 SHAPE = {"layers": 2, "hidden": 64, "heads": 4, "kv_heads": 2, "intermediate": 128}
 
 
