@@ -15,6 +15,8 @@ OPERATORS: dict[str, str] = {
     "detect_language": "operators.text.language:DetectLanguage",
     "gopher_quality": "operators.filters.gopher_quality:GopherQuality",
     "gopher_repetition": "operators.filters.gopher_repetition:GopherRepetition",
+    "c4_quality": "operators.filters.c4:C4Quality",
+    "fineweb_quality": "operators.filters.fineweb:FineWebQuality",
     "bad_words": "operators.filters.badwords:BadWords",
     "redact_pii": "operators.text.pii:RedactPii",
     "score_quality": "operators.quality.scorer:ScoreQuality",

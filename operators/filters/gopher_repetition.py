@@ -35,9 +35,7 @@ class GopherRepetitionLimits(Settings):
     max_top_2_gram: float | None = Field(default=0.2, description="share of characters in the most frequent 2-gram of words")
     max_top_3_gram: float | None = Field(default=0.18, description="the same for 3-grams")
     max_top_4_gram: float | None = Field(default=0.16, description="the same for 4-grams")
-    max_duplicate_5_grams: float | None = Field(
-        default=0.15, description="share of characters in 5-grams that repeat"
-    )
+    max_duplicate_5_grams: float | None = Field(default=0.15, description="share of characters in 5-grams that repeat")
     max_duplicate_6_grams: float | None = Field(default=0.14, description="the same for 6-grams")
     max_duplicate_7_grams: float | None = Field(default=0.13, description="the same for 7-grams")
     max_duplicate_8_grams: float | None = Field(default=0.12, description="the same for 8-grams")
@@ -101,7 +99,7 @@ class GopherRepetition(Filter):
 
 
 @numba.njit(cache=True, nogil=True)
-def _room(count):  # type: ignore[no-untyped-def]
+def room(count):  # type: ignore[no-untyped-def]
     """Slots of an open-addressing table that is at most half full."""
     slots = 16
     while slots < 2 * count:
@@ -110,7 +108,7 @@ def _room(count):  # type: ignore[no-untyped-def]
 
 
 @numba.njit(cache=True, nogil=True)
-def _seen(keys, stamps, stamp, mask, key):  # type: ignore[no-untyped-def]
+def seen(keys, stamps, stamp, mask, key):  # type: ignore[no-untyped-def]
     """Whether `key` is in the set of this `stamp`; puts it there otherwise."""
     slot = np.int64(mix(key) & np.uint64(mask))
     while stamps[slot] == stamp:
@@ -131,7 +129,7 @@ def _duplicate_pieces(data, starts, ends, sizes, table, out):  # type: ignore[no
         for i in range(starts[row], ends[row]):
             feeds += data[i] == 10
         most = max(most, feeds // 2 + 1)
-    keys, stamps = np.empty(_room(most), np.uint64), np.zeros(_room(most), np.int64)
+    keys, stamps = np.empty(room(most), np.uint64), np.zeros(room(most), np.int64)
     mask = len(keys) - 1
     for row in range(len(starts)):
         low, high = _stripped(data, starts[row], ends[row], table)
@@ -143,7 +141,7 @@ def _duplicate_pieces(data, starts, ends, sizes, table, out):  # type: ignore[no
                 feeds += 1
             if i == high or feeds >= 2:
                 pieces += 1
-                if _seen(keys, stamps, row + 1, mask, value):
+                if seen(keys, stamps, row + 1, mask, value):
                     duplicates += 1
                     characters_of += count
                 value, count = np.uint64(0), 0
@@ -194,7 +192,7 @@ def _duplicate_lines(first, last, size, hashes, sizes, out):  # type: ignore[no-
     most = 1
     for row in range(len(first)):
         most = max(most, last[row] - first[row])
-    keys, stamps = np.empty(_room(most), np.uint64), np.zeros(_room(most), np.int64)
+    keys, stamps = np.empty(room(most), np.uint64), np.zeros(room(most), np.int64)
     mask = len(keys) - 1
     for row in range(len(first)):
         pieces = duplicates = characters_of = 0
@@ -206,7 +204,7 @@ def _duplicate_lines(first, last, size, hashes, sizes, out):  # type: ignore[no-
                 pieces += 1
                 continue
             pieces += 1
-            if _seen(keys, stamps, row + 1, mask, hashes[i]):
+            if seen(keys, stamps, row + 1, mask, hashes[i]):
                 duplicates += 1
                 characters_of += size[i]
         out[2, row] = duplicates / pieces if pieces else 0.0
@@ -231,8 +229,8 @@ def _repeated_grams(first, last, length, size, hashes, sizes, out):  # type: ign
     most = 1
     for row in range(len(first)):
         most = max(most, last[row] - first[row])
-    room = _room(most)
-    keys, stamps, counts = np.empty(room, np.uint64), np.zeros(room, np.int64), np.empty(room, np.int32)
+    slots_of = room(most)
+    keys, stamps, counts = np.empty(slots_of, np.uint64), np.zeros(slots_of, np.int64), np.empty(slots_of, np.int32)
     power, place, slots = np.empty(most, np.uint64), np.empty(most + 1, np.int64), np.empty(most, np.int64)
     short = np.empty(64, np.uint64)
     for exponent in range(64):
@@ -240,7 +238,7 @@ def _repeated_grams(first, last, length, size, hashes, sizes, out):  # type: ign
     stamp = 0
     for row in range(len(first)):
         begin, words, total = first[row], last[row] - first[row], sizes[row]
-        mask = _room(words) - 1  # a short text stays in the cache
+        mask = room(words) - 1  # a short text stays in the cache
         place[0] = 0
         for i in range(words):
             power[i] = short[length[begin + i]] if length[begin + i] < 64 else _power(length[begin + i])
@@ -273,7 +271,7 @@ def _repeated_grams(first, last, length, size, hashes, sizes, out):  # type: ign
                 key = np.uint64(0)
                 for k in range(i, i + n):  # the hash of the concatenated bytes
                     key = key * power[k] + hashes[begin + k]
-                if _seen(keys, stamps, stamp, mask, key):
+                if seen(keys, stamps, stamp, mask, key):
                     repeated += place[i + n] - place[i]
                     i += n
                 else:
