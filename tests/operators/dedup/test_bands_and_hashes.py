@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 
 import datasketch
 import numpy as np
@@ -75,7 +76,7 @@ def test_only_pairs_at_the_threshold_are_confirmed_and_the_cap_is_counted() -> N
 
     def load(ordinals: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         chosen = [sets[int(ordinal)] for ordinal in ordinals]
-        return np.array(sum(chosen, []), np.uint64), np.cumsum([0, *map(len, chosen)])
+        return np.array(list(itertools.chain(*chosen)), np.uint64), np.cumsum([0, *map(len, chosen)])
 
     members, starts = np.array([1, 2, 5, 8, 9, 1, 5], np.uint64), np.array([0, 5, 7])
     found = confirm(members, starts, 0.6, 100, load)
