@@ -9,11 +9,11 @@ from collections.abc import Iterator
 from typing import Any
 
 import pyarrow as pa
-import zstandard
 
 from cluster import storage
 
 BLOCK_BYTES = 1 << 20
+_XZ_MEMORY_BYTES = 256 << 20  # what `xz -9` needs is 65 MiB; a file may ask for gigabytes
 
 
 class BrokenStream(Exception):
@@ -37,7 +37,7 @@ def read_blocks(path: str) -> Iterator[bytes]:
         elif lowered.endswith(".bz2"):
             yield from _members(stream, "bzip2", bz2.BZ2Decompressor)
         elif lowered.endswith(".xz"):
-            yield from _members(stream, "xz", lzma.LZMADecompressor)
+            yield from _members(stream, "xz", lambda: lzma.LZMADecompressor(memlimit=_XZ_MEMORY_BYTES))
         elif lowered.endswith((".zst", ".lz4")):
             yield from _arrow_blocks(path, "zstd" if lowered.endswith(".zst") else "lz4")
         else:
@@ -126,31 +126,24 @@ def _members(stream: pa.NativeFile, name: str, make: Any) -> Iterator[bytes]:
 
 
 def _arrow_blocks(path: str, codec: str) -> Iterator[bytes]:
-    """zstd and lz4 through Arrow; after an error, what zstandard can still decode past the last whole block."""
+    """zstd and lz4 through Arrow, which drops what it decoded of a block when the block ends in an error.
+
+    So after an error the file is opened again and read in small steps from the last whole block on.
+    """
     offset = 0
-    with storage.open_input(path) as raw:
-        try:
-            with pa.CompressedInputStream(raw, codec) as stream:
-                while block := stream.read(BLOCK_BYTES):
-                    offset += len(block)
-                    yield block
-            return
-        except OSError as error:
-            problem = str(error)
-    reason = "truncated" if "runcated" in problem else "corrupt"
-    if codec == "zstd":
-        with storage.open_input(path) as raw:
-            reader = zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True)
+    for step in (BLOCK_BYTES, 64):
+        with storage.open_input(path) as raw, pa.CompressedInputStream(raw, codec) as stream:
             position = 0
             try:
-                while block := reader.read(65536):
-                    fresh = block[max(0, offset - position) :]
-                    position += len(block)
-                    if fresh:
-                        offset += len(fresh)
-                        yield fresh
-            except zstandard.ZstdError as error:
+                while position < offset:
+                    position += len(stream.read(min(BLOCK_BYTES, offset - position)))
+                while block := stream.read(step):
+                    offset += len(block)
+                    yield block
+                return
+            except OSError as error:
                 problem = str(error)
+    reason = "truncated" if "runcated" in problem else "corrupt"
     raise BrokenStream(f"{codec} stream is {reason} ({problem})", reason, storage.size(path), offset)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -101,6 +102,32 @@ def test_pages_in_files_share_units_and_keep_their_own_ids(tmp_path: Path) -> No
     assert whole.rows[3]["content"].decode() == "<p>页面 3</p>"
     assert [whole.rows[row]["content_type"] for row in (0, 30)] == ["text/html", "application/xhtml+xml"]
     assert len(set(whole.ids)) == 31
+
+
+def test_an_address_with_a_scheme_reads_like_a_path(tmp_path: Path) -> None:
+    fill(tmp_path, ["data/a.jsonl", "data/b.jsonl"])
+    by_path = read_all("data", tmp_path)
+    assert read_all(f"file://{tmp_path}/data").rows == by_path.rows
+    assert read_all(f"file://{tmp_path}/data/*.jsonl").rows == by_path.rows
+    assert len(read_all([f"file://{tmp_path}/data/a.jsonl", f"{tmp_path}/data/a.jsonl"]).units) == 1
+
+
+@pytest.mark.parametrize("name", ["pages.warc.gz", "documents.parquet", "notes.jsonl"])
+def test_a_unit_read_in_two_halves_or_around_rows_is_the_same_unit(example_data: Path, name: str) -> None:
+    read = ReadSettings(path=name)
+    unit = plan_units(read, str(example_data))[0]
+
+    def rows(**options: Any) -> dict[int, str]:
+        batches = list(read_unit(unit, read, **options))
+        found = {row: id_ for batch in batches for row, id_ in zip(batch.rows.tolist(), batch.table["id"].to_pylist(), strict=True)}
+        return found | {bad.row: bad.id for batch in batches for bad in batch.bad}
+
+    whole = rows()
+    middle = len(whole) // 2
+    assert rows(stop_row=middle) | rows(start_row=middle, batch_rows=100) == whole
+    skipped = frozenset({0, 40, 297, middle})
+    assert rows(skip_rows=skipped) == {row: id_ for row, id_ in whole.items() if row not in skipped}
+    assert rows(start_row=len(whole)) == {}
 
 
 def test_formats_may_be_mixed_and_each_unit_has_one_schema(tmp_path: Path) -> None:
