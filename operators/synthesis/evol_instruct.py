@@ -21,7 +21,7 @@ from operators.config import Settings
 from operators.synthesis import heuristics, prompts
 from operators.synthesis.generator import Generator
 from operators.synthesis.heuristics import InstructionRules
-from operators.synthesis.novelty import NoveltyPool, rouge_l
+from operators.synthesis.novelty import NoveltyPool, recall, rouge_l
 from operators.synthesis.requests import Reject, Reply, Request, SamplingSettings, request_seed
 from operators.synthesis.rows import Account, Provenance, instruction_row
 
@@ -29,9 +29,14 @@ Operation = Literal["constraint", "deepen", "concretize", "reasoning", "complica
 OPERATIONS: tuple[Operation, ...] = ("constraint", "deepen", "concretize", "reasoning", "complicate", "breadth")
 
 _COPIED = {
-    "en": re.compile(r"given prompt|rewritten prompt|new prompt|created prompt|#The|rewrite the", re.IGNORECASE),
-    "zh": re.compile(r"给定的?提示|改写后?的?提示|新的?提示|改写给定"),
+    "en": re.compile(r"original prompt|rewritten prompt|new prompt|write only the", re.IGNORECASE),
+    "zh": re.compile(r"原来的提示|改写后?的?提示|新的提示|只写出"),
 }
+_STATEMENT = re.compile(
+    r"(?:I'm|I am|I've|I'll|I can|Here is|Here's|Here are|Sure|Certainly|Of course|好的|当然|以下是)\b", re.IGNORECASE
+)
+"""Openings of an answer: a weak model often answers the prompt that it was asked to rewrite."""
+
 _LEAD = re.compile(r"^\s*(?:(?:new |rewritten |created )?prompt|(?:新的?|改写后的)?提示)\s*[:：]\s*", re.IGNORECASE)
 _EQUAL = {"en": re.compile(r"\s*equal", re.IGNORECASE), "zh": re.compile(r"\s*相同")}
 _DIFFERENT = {"en": re.compile(r"\s*not equal", re.IGNORECASE), "zh": re.compile(r"\s*(?:不同|不相同)")}
@@ -47,6 +52,12 @@ class EvolSettings(Settings):
     judge: bool = Field(default=True, description="ask the model whether the rewrite adds something (elimination 1)")
     max_parent_similarity: float = Field(
         default=0.9, gt=0, le=1, description="a rewrite with this ROUGE-L F to its parent, or more, adds nothing"
+    )
+    min_parent_recall: float = Field(
+        default=0.4,
+        ge=0,
+        le=1,
+        description="in depth, share of the parent's tokens that a rewrite keeps in order; below, it lost the topic",
     )
     max_similarity: float = Field(default=0.95, gt=0, le=1, description="likewise to any other instruction")
     rules: InstructionRules = Field(default=InstructionRules(), description="rules for rewritten instructions")
@@ -78,7 +89,7 @@ class EvolRound:
     asked: int = 0
 
 
-def parse_rewrite(reply: Reply, parent: str, lang: str, settings: EvolSettings) -> str | Reject:
+def parse_rewrite(reply: Reply, parent: str, lang: str, operation: str, settings: EvolSettings) -> str | Reject:
     """The rewritten instruction of a reply, or why it is no use (eliminations 3 and 4 for the instruction, and the rules)."""
     if reply.truncated:
         return Reject("truncated")
@@ -90,6 +101,11 @@ def parse_rewrite(reply: Reply, parent: str, lang: str, settings: EvolSettings) 
     similarity = rouge_l(parent, text)
     if similarity >= settings.max_parent_similarity:
         return Reject("adds_nothing", similarity)
+    kept = recall(parent, text)
+    if operation != "breadth" and kept < settings.min_parent_recall:
+        return Reject("lost_topic", kept)
+    if _STATEMENT.match(text):
+        return Reject("no_instruction")
     return heuristics.check_instruction(text, lang, settings.rules) or text
 
 
@@ -171,7 +187,7 @@ class EvolInstruct:
             made, tasks, lambda t: f"evol_{chosen[t.id]}", settings.evolve_sampling, lambda t: {"instruction": t.text}
         ):
             made.asked += 1
-            parsed = parse_rewrite(reply, task.text, task.lang, settings)
+            parsed = parse_rewrite(reply, task.text, task.lang, chosen[task.id], settings)
             if isinstance(parsed, str):
                 similarity, nearest = self._seen.nearest(parsed)
                 made.account.score(similarity)

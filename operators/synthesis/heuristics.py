@@ -44,6 +44,19 @@ _REFUSAL = re.compile(
 _REFUSAL_WINDOW = 160  # characters of a reply's beginning in which a refusal shows itself
 
 
+_MATERIAL = (
+    "sentence|sentences|paragraph|passage|text|article|story|poem|email|list|word|words|number|numbers|question|review|dialogue"
+)
+_REFERS = re.compile(
+    rf"\b(?:the following|given|provided|below)\b|\b(?:this|these) (?:{_MATERIAL})\b"
+    rf"|\b(?:rewrite|summari[sz]e|translate|classify|paraphrase|correct|edit|shorten|expand|analy[sz]e|identify|extract|determine|sort|convert)"
+    rf"\b.{{0,24}}\b(?:the|a) (?:{_MATERIAL})\b"
+    r"|(?:下面|以下|下列|给定|所给|给出的|这个句子|这段|这篇|该句|该段)",
+    re.IGNORECASE,
+)
+_QUOTED = re.compile(r"[\"“「《:：].{8,}")
+
+
 class InstructionRules(Settings):
     """Which generated instructions are set aside. Lengths are words in English, characters and words in Chinese."""
 
@@ -137,6 +150,11 @@ def check_instance(instruction: str, given: str, output: str, lang: str, min_scr
     if repetition > 0.5:
         return Reject("repetitive", repetition)
     return None
+
+
+def refers_to_input(instruction: str) -> bool:
+    """True when an instruction speaks of material that it does not contain (`the following text`, `给定的句子`)."""
+    return bool(_REFERS.search(instruction)) and not _QUOTED.search(instruction)
 
 
 def refuses(text: str) -> bool:

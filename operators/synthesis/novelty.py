@@ -41,6 +41,14 @@ def rouge_l(a: str, b: str) -> float:
     return pool.nearest(b)[0]
 
 
+def recall(reference: str, text: str) -> float:
+    """The share of the reference's tokens that the text has in the same order (ROUGE-L recall); 1 for an empty reference."""
+    m, n = len(tokenize(reference)), len(tokenize(text))
+    if not m:
+        return 1.0
+    return round(rouge_l(reference, text) * (m + n) / 2 / m, 6)  # F = 2 LCS / (m + n)
+
+
 def rouge_l_matrix(texts: Sequence[str]) -> np.ndarray:
     """float64[n, n] of ROUGE-L F between all pairs, ones on the diagonal (zeros where a text has no token)."""
     pool = NoveltyPool()

@@ -18,6 +18,7 @@ import re
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from string import Template
 from typing import Any, Literal
 
 from pydantic import Field
@@ -50,6 +51,10 @@ class SelfInstructSettings(Settings):
     machine_examples: int = Field(default=1, ge=0, description="accepted tasks in a request; the paper has 2")
     example_length: dict[str, int] = Field(
         default={"en": 16, "zh": 32}, description="longest example, words (en) or characters (zh)"
+    )
+    inputs: Literal["referred", "always"] = Field(
+        default="referred",
+        description="with outputs: chat, which tasks get an input: those that refer to one, or (as in the paper) all are asked",
     )
     instances_per_task: int = Field(default=1, ge=1, le=5, description="with outputs: form, examples asked for; the paper has 5")
     languages: dict[str, float] = Field(default={"en": 0.8, "zh": 0.2}, description="share of the requests by language")
@@ -197,6 +202,11 @@ class SelfInstruct:
             short = heuristics.length_of(self._example_text(_Task(task.id, task.instruction, task.lang)), task.lang)
             if task.lang in self._human and short <= settings.example_length.get(task.lang, short):
                 self._human[task.lang].append(_Task(task.id, task.instruction, task.lang))
+        for lang in self.shares:  # a task that repeats the prompt's own sentence is not new either
+            for role, text in self._prompt("alpaca" if settings.method == "alpaca" else "instructions", lang).sections:
+                for sentence in re.split(r"(?<=[.。])\s*", Template(text).safe_substitute(count=str(settings.tasks_per_call))):
+                    if role == "user" and sentence:
+                        self._remember(f"prompt:{lang}", sentence)
         for lang, tasks in self._human.items():
             if not tasks:
                 raise ValueError(f"no seed task in {lang!r} is short enough for an example; raise example_length[{lang!r}]")
@@ -246,11 +256,13 @@ class SelfInstruct:
 
     def _bootstrap(self, made: Round) -> None:
         calls: list[tuple[str, list[_Task], Request]] = []
-        for lang, count in _apportion(self.shares, self.settings.calls_per_round).items():
-            for call in range(count):
-                examples = self._examples(lang, made.number, call)
-                seed = request_seed(self.seed, "tasks", made.number, lang, call)
-                calls.append((lang, examples, Request(self._task_prompt(lang, examples), self.settings.instruction_sampling, seed)))
+        counts = _apportion(self.shares, self.settings.calls_per_round)
+        # languages spread evenly over the round, so that a target reached early does not leave the last one out
+        order = sorted(((call + 0.5) / count, lang, call) for lang, count in counts.items() for call in range(count))
+        for _, lang, call in order:
+            examples = self._examples(lang, made.number, call)
+            seed = request_seed(self.seed, "tasks", made.number, lang, call)
+            calls.append((lang, examples, Request(self._task_prompt(lang, examples), self.settings.instruction_sampling, seed)))
         for call, reply in enumerate(self.generator.ask([request for _, _, request in calls])):
             if reply is None:
                 break
@@ -347,21 +359,25 @@ class SelfInstruct:
                 self._finish(made, task, parse_forms(reply, settings.instances_per_task), steps, reply)
             return
         given: dict[str, str] = {}
-        ready: list[_Task] = []
+        wanting = [task for task in others if settings.inputs == "always" or heuristics.refers_to_input(task.instruction)]
+        asked = {task.id for task in wanting}
+        for task in others:
+            if task.id not in asked:
+                given[task.id] = ""
         for task, reply in self._ask(
-            made, others, "input_first", settings.instance_sampling, lambda task: {"instruction": task.instruction}
+            made, wanting, "input_first", settings.instance_sampling, lambda task: {"instruction": task.instruction}
         ):
             parsed = parse_input(reply)
             if isinstance(parsed, Reject):
                 made.account.reject(task.id, f"{task.instruction}\n\n{reply.text}", parsed, step="input_first")
             else:
                 given[task.id] = parsed
-                ready.append(task)
+        ready = [task for task in others if task.id in given]
         for task, reply in self._ask(
             made, ready, "answer", settings.answer_sampling,
             lambda task: {"prompt": heuristics.join_input(task.instruction, given[task.id])},
         ):  # fmt: skip
-            steps = ["instructions", "classification", "input_first", "answer"]
+            steps = ["instructions", "classification", *(["input_first"] if task.id in asked else []), "answer"]
             answer_or_reject: list[tuple[str, str]] | Reject = (
                 Reject("truncated") if reply.truncated else [(given[task.id], reply.text.strip())]
             )
