@@ -60,8 +60,9 @@ stages:
 """
 
 ORDER: list[tuple[str, str, list[str], float]] = [
+    ("judge", "quality_classifier", [], 4.1),
     ("web", "corpus", [], 21.4),
-    ("docs", "corpus", [], 9.8),
+    ("docs", "corpus", ["judge"], 9.8),
     ("clean", "dedup", ["web", "docs"], 6.1),
     ("bpe", "tokenizer", ["clean"], 3.3),
     ("tokens", "pack", ["clean", "bpe"], 4.7),
@@ -80,6 +81,7 @@ def build_run(root: Path, name: str = "quickstart") -> Path:
     """Write the run below `root` and return its directory. The same bytes every time, timings apart."""
     run = root / name
     writer = _Writer(run)
+    _judge(writer)
     _web(writer)
     _docs(writer)
     _clean(writer)
@@ -98,7 +100,7 @@ def build_run(root: Path, name: str = "quickstart") -> Path:
                 "directory": f"{stage}/{_fingerprint(stage)}",
                 "inputs": inputs,
                 "status": "done",
-                "seconds": 0.0 if stage == "docs" else seconds,
+                "seconds": seconds,
                 "reused": stage == "docs",
             }
             for stage, kind, inputs, seconds in ORDER
@@ -184,6 +186,22 @@ def _funnel(rows_in: int, steps: list[tuple[str, dict[str, int]]]) -> tuple[dict
         for reason, count in reasons.items():
             rejected[f"{name}:{reason}"] = rejected.get(f"{name}:{reason}", 0) + count
     return funnel, rejected, left
+
+
+def _judge(writer: _Writer) -> None:
+    writer.finish(
+        "judge",
+        ledger=Ledger(812, 0, 809, _counter({"quality_classifier:empty": 2}), 1),
+        stats={
+            "documents": {"good": 403, "bad": 406},
+            "attempts": 1,
+            "held_out": 81,
+            "accuracy": 0.962963,
+            "accuracy_by_language": {"en": 0.974359, "zh": 0.952381},
+            "held_out_by_language": {"en": 39, "zh": 42},
+        },
+        files={"model": "model.bin"},
+    )
 
 
 def _web(writer: _Writer) -> None:
@@ -296,8 +314,14 @@ def _clean(writer: _Writer) -> None:
     chinese = CHINESE * 3
     stats = {
         "documents": total,
+        "duplicate_ids": 2,
         "exact": {"removed": 31},
-        "minhash": {"removed": near, "clusters": {"2": 96, "3": 21, "4": 9, "5": 4, "8": 2, "17": 1}, "edges": 214},
+        "minhash": {
+            "removed": near,
+            "clusters": {"2": 96, "3": 21, "4": 9, "5": 4, "8": 2, "17": 1},
+            "edges": 214,
+            "pairs": {"checked": 688, "unchecked": 0},
+        },
         "examples": [
             {
                 "kept": "web-00012",
@@ -349,6 +373,7 @@ def _tokens(writer: _Writer) -> None:
             "set_aside": {"empty": aside},
             "sequences": sequences,
             "tokens": tokens,
+            "tokens_cut": 512,
             "padding_tokens": padding,
             "languages": {"en": tokens - 400_000, "zh": 400_000},
             "sources": {"wikipedia-zh": 380_000, "wikipedia-en": 390_000, "libreoffice-help": tokens - 770_000},
@@ -522,6 +547,8 @@ def _training(writer: _Writer) -> None:
                 "steps": points[-1]["step"],
                 "tokens": points[-1]["tokens"],
                 "samples": samples,
+                "mixture": {"evolved": {"samples": samples - 64, "tokens": 9000}, "tasks": {"samples": 64, "tokens": 900}},
+                "set_aside": {"too_long": 2} if stage == "chat" else {},
             },
             files={"model": "model"},
             timings={"seconds": next(s for n, _, _, s in ORDER if n == stage), "tokens_per_second": speed},
@@ -530,11 +557,13 @@ def _training(writer: _Writer) -> None:
 
 def _scores(writer: _Writer) -> None:
     held_out = [
+        ("*", "*", 105, 47_881, 228.4),
+        ("en", "*", 65, 27_340, 141.8),
         ("en", "wikipedia-en", 40, 18_220, 181.2),
         ("en", "libreoffice-help", 25, 9_120, 92.47),
         ("zh", "wikipedia-zh", 40, 20_541, 402.9),
     ]
-    factors = {"base": (1, 1, 1), "chat": (1.034, 0.967, 1.21), "aligned": (1.06, 0.94, 1.55)}
+    factors = {"base": (1, 1, 1, 1, 1), "chat": (1.08, 1.01, 1.034, 0.967, 1.21), "aligned": (1.2, 1.0, 1.06, 0.94, 1.55)}
     writer.finish(
         "scores",
         config={"models": ["base", "chat", "aligned"]},
@@ -552,6 +581,8 @@ def _scores(writer: _Writer) -> None:
                 for (lang, source, documents, tokens, value), factor in zip(held_out, ratios, strict=True)
             ],
             "preference_accuracy": {"base": 0.4667, "chat": 0.5333, "aligned": 0.7333},
+            "preference_accuracy_vs_reference": {"chat": 0.6, "aligned": 0.8333},
+            "preference_pairs": 30,
             "samples": [
                 {"prompt": "What is a canal?", "lang": "en", "replies": {"base": SCRIPT, "chat": ENGLISH, "aligned": ENGLISH[:90]}},
                 {

@@ -8,13 +8,16 @@ from html.parser import HTMLParser
 _VOID = {"meta", "link", "br", "img", "input", "hr"}
 
 
-@dataclass
+@dataclass(repr=False)  # the tree refers to itself
 class Element:
     tag: str
     attributes: dict[str, str]
     parent: Element | None = None
     children: list[Element] = field(default_factory=list)
     pieces: list[str | Element] = field(default_factory=list)
+
+    def __repr__(self) -> str:
+        return f"<{self.tag} {self.attributes}>"
 
     def text(self, language: str = "en") -> str:
         """Text of the element as a reader of that language sees it."""

@@ -198,7 +198,7 @@ def test_boxes_of_the_lineage_do_not_touch_and_stay_inside(finished_run: Path) -
         assert 0 <= x <= x + w <= width
         assert 0 <= y <= y + h <= height
         boxes.append((x, y, w, h))
-    assert len(boxes) == 13
+    assert len(boxes) == 14
     for index, (x, y, w, h) in enumerate(boxes):
         for other_x, other_y, _, _ in boxes[:index]:
             assert abs(x - other_x) >= w or abs(y - other_y) >= h
