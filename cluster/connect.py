@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+import socket
 import subprocess
 from dataclasses import dataclass
 
@@ -12,6 +13,7 @@ import psutil
 
 _MOST_OBJECT_STORE_BYTES = 2 << 30
 _LEAST_OBJECT_STORE_BYTES = 256 << 20
+_CONNECT_TIMEOUT_S = 10.0
 _SERVERS = ("raylet", "gcs_server")
 _STARTS = 3
 
@@ -45,6 +47,7 @@ def connect(address: str | None = None, cpus: int | None = None, object_store_by
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # what Ray's C++ core says on the driver's standard error
         if address is not None:
+            _check_reachable(address)
             try:
                 ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
             except (ConnectionError, RuntimeError, ValueError, OSError) as error:
@@ -55,7 +58,8 @@ def connect(address: str | None = None, cpus: int | None = None, object_store_by
             _start_local(cpus or max(4, 2 * (os.cpu_count() or 1)), store)
         _connected_here = True
     resources = ray.cluster_resources()
-    return Connection(ray.get_runtime_context().gcs_address, resources.get("CPU", 0.0), resources.get("GPU", 0.0), address is None)
+    gcs = ray.get_runtime_context().gcs_address
+    return Connection(gcs, resources.get("CPU", 0.0), resources.get("GPU", 0.0), _connected_here and address is None)
 
 
 def _start_local(cpus: int, object_store_bytes: int) -> None:
@@ -78,6 +82,17 @@ def _start_local(cpus: int, object_store_bytes: int) -> None:
             ray.shutdown()
             if "timed out during startup" not in str(error) or attempt == _STARTS - 1:
                 raise ConnectionError(f"Ray could not be started on this machine: {error}") from error
+
+
+def _check_reachable(address: str) -> None:
+    """Raises ConnectionError at once where nothing listens: Ray itself tries for minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not port.isdigit():  # `auto`
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT_TIMEOUT_S).close()
+    except OSError as error:
+        raise ConnectionError(f"no Ray answers at {address!r}: {error}") from error
 
 
 def disconnect() -> None:

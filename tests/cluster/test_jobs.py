@@ -1,0 +1,148 @@
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+from cluster.jobs import command, submit, visible
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def checkout(path: Path) -> Path:
+    (path / "pipelines").mkdir(parents=True)
+    (path / "pipelines" / "__main__.py").write_text("")
+    (path / "recipes").mkdir()
+    (path / "recipes" / "my recipe; rm x.yaml").write_text("name: x")
+    return path
+
+
+def test_the_entry_point_is_quoted_and_names_the_recipe_inside_the_checkout(tmp_path: Path) -> None:
+    root = checkout(tmp_path / "co")
+    recipe = str(root / "recipes" / "my recipe; rm x.yaml")
+    line = command(recipe, "http://head:8265", str(root), ["--workers", "4"], "s3://bucket/runs a")
+    words = ["recipes/my recipe; rm x.yaml", "--runs", "s3://bucket/runs a", "--workers", "4"]
+    assert shlex.split(line) == ["python", "-m", "pipelines", "run", *words]
+
+
+def test_what_the_cluster_could_not_see_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = checkout(tmp_path / "co")
+    outside = tmp_path / "outside.yaml"
+    outside.write_text("name: x")
+    with pytest.raises(ValueError, match="outside"):
+        command(str(outside), "http://h:1", str(root), [], "s3://b")
+    with pytest.raises(FileNotFoundError, match="no such recipe"):
+        command(str(root / "recipes" / "none.yaml"), "http://h:1", str(root), [], "s3://b")
+    with pytest.raises(FileNotFoundError, match="not a checkout"):
+        command(str(outside), "http://h:1", str(tmp_path), [], "s3://b")
+    with pytest.raises(ValueError, match="absolute path"):
+        visible("runs", "https://head.example:8265")
+    monkeypatch.chdir(tmp_path)
+    assert visible("runs", "http://127.0.0.1:8265") == str(tmp_path / "runs")
+    assert visible("runs", "http://localhost:8265") == visible("runs", "[::1]:8265") == str(tmp_path / "runs")
+    assert visible("/mnt/runs", "http://head:8265") == "/mnt/runs"
+
+
+def test_no_job_server_is_a_connection_error(tmp_path: Path) -> None:
+    root = checkout(tmp_path / "co")
+    with pytest.raises(ConnectionError):
+        submit(str(root / "recipes" / "my recipe; rm x.yaml"), "http://127.0.0.1:1", working_dir=str(root))
+
+
+def _free_ports(count: int) -> list[str]:
+    with ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for each in sockets:
+            each.bind(("127.0.0.1", 0))
+        return [str(each.getsockname()[1]) for each in sockets]
+
+
+@pytest.fixture(scope="module")
+def job_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A Ray head of this test's own, with a token, on free loopback ports; ended by its process id."""
+    temporary = tempfile.mkdtemp(prefix="rj", dir="/tmp")  # Ray's sockets need a short path
+    token = tmp_path_factory.mktemp("token") / "token"
+    token.write_text("d" * 64)
+    gcs, dashboard, agent, agent_grpc, metrics, client = _free_ports(6)
+    patch = pytest.MonkeyPatch()
+    patch.setenv("RAY_AUTH_MODE", "token")
+    patch.setenv("RAY_AUTH_TOKEN_PATH", str(token))
+    environment = {**os.environ, "RAY_USAGE_STATS_ENABLED": "0", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    words = [
+        sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--node-ip-address", "127.0.0.1", "--port", gcs,
+        "--dashboard-host", "127.0.0.1", "--dashboard-port", dashboard, "--dashboard-agent-listen-port", agent,
+        "--dashboard-agent-grpc-port", agent_grpc, "--metrics-export-port", metrics, "--ray-client-server-port", client,
+        "--include-dashboard", "true", "--num-cpus", "4", "--object-store-memory", str(200 << 20), "--temp-dir", temporary,
+    ]  # fmt: skip
+    with open(Path(temporary) / "head.log", "w") as log:
+        head = subprocess.Popen(words, stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True)
+    try:
+        url = f"http://127.0.0.1:{dashboard}"
+        request = urllib.request.Request(f"{url}/api/version", headers={"Authorization": f"Bearer {token.read_text()}"})
+        for _ in range(120):
+            assert head.poll() is None, (Path(temporary) / "head.log").read_text()
+            try:
+                urllib.request.urlopen(request, timeout=2).close()
+                break
+            except OSError:
+                time.sleep(1)
+        yield url
+    finally:
+        head.terminate()
+        head.wait(60)
+        patch.undo()
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+RECIPE = """
+name: tiny
+seed: 1
+stages:
+  docs: {kind: corpus, read: {format: jsonl, path: PATH}, operators: []}
+"""
+
+
+@pytest.mark.slow
+def test_a_recipe_runs_as_a_ray_job_and_its_exit_code_comes_back(
+    job_server: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    documents = tmp_path / "docs.jsonl"
+    documents.write_text('{"id": "1", "text": "丹炉"}\n{"id": "2", "text": "a furnace"}\n')
+    work = tmp_path / "work"
+    for room in ("cluster", "operators", "pipelines", "train"):
+        shutil.copytree(ROOT / room, work / room, ignore=shutil.ignore_patterns("__pycache__"))
+    (work / "tiny.yaml").write_text(RECIPE.replace("PATH", str(documents)))
+    (work / "bad.yaml").write_text(RECIPE.replace("PATH", str(tmp_path / "none.jsonl")))
+    runs = str(tmp_path / "runs")
+    options = {"working_dir": str(work), "arguments": ["--address", "auto"], "runs": runs}
+    assert submit(str(work / "tiny.yaml"), job_server, **options) == 0, capsys.readouterr().out  # type: ignore[arg-type]
+    assert list(Path(runs, "tiny", "docs").glob("*/manifest.json"))
+    assert "docs" in capsys.readouterr().out
+    assert submit(str(work / "bad.yaml"), job_server, **options) == 2  # type: ignore[arg-type]
+    assert "none.jsonl" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_a_wrong_token_is_refused_with_advice(job_server: str, tmp_path: Path) -> None:
+    """In a process of its own: Ray reads the token once."""
+    root = checkout(tmp_path / "co")
+    (tmp_path / "token").write_text("e" * 64)
+    recipe = str(root / "recipes" / "my recipe; rm x.yaml")
+    script = f"from cluster.jobs import submit\nsubmit({recipe!r}, {job_server!r}, working_dir={str(root)!r})"
+    environment = {**os.environ, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(tmp_path / "token")}
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert "PermissionError" in done.stderr
+    assert "RAY_AUTH_TOKEN_PATH" in done.stderr
