@@ -79,8 +79,12 @@ class ReadSettings(Settings):
                 raise ValueError(f"column {name!r} is one that every document has; name it in text_column, id_column, ... instead")
         if self.one_document_per == "file" and self.format not in ("text", "auto"):
             raise ValueError(f"one_document_per: file is for plain text, the format is {self.format}")
-        if self.columns and self.format in ("warc", "wet", "html", "text"):
-            raise ValueError(f"columns: files of format {self.format} have no further columns")
+        if self.format in ("warc", "wet", "html", "text"):
+            fields = type(self).model_fields
+            named = ("text_column", "id_column", "url_column", "source_column")
+            given = [name for name in named if getattr(self, name) != fields[name].default] + ["columns"] * bool(self.columns)
+            if given:
+                raise ValueError(f"{given[0]}: files of format {self.format} have no named columns")
         return self
 
     def patterns(self) -> list[str]:
@@ -140,7 +144,8 @@ def find_files(patterns: str | Sequence[str], base_directory: str, format_: str 
     """The files that the patterns name, pattern by pattern, each once, in order of relative path.
 
     A file is known by its path below the root of its pattern; where two would be known by one name, as many of their
-    parent folders are put before it as tell them apart. Of a directory, only files whose name fits `format_` are taken.
+    parent folders are put before it as tell them apart. Of a directory, only files whose name fits `format_` are taken
+    (`auto`: any known format; `any`: all).
     Raises FileNotFoundError, naming the pattern, when one matches nothing.
     """
     found: dict[str, storage.FileEntry] = {}
@@ -169,7 +174,7 @@ def _place(entry: storage.FileEntry) -> str:
 
 def _fits(name: str, format_: str) -> bool:
     found = _format_by_name(name)
-    return found is not None if format_ == "auto" else found == format_
+    return format_ == "any" or (found is not None if format_ == "auto" else found == format_)
 
 
 def _distinct(names: dict[str, str]) -> dict[str, str]:
@@ -183,9 +188,12 @@ def _distinct(names: dict[str, str]) -> dict[str, str]:
 
 
 def file_identities(patterns: str | Sequence[str], base_directory: str) -> list[dict[str, Any]]:
-    """For a stage's fingerprint: relative path, size and sha256 of each file (mtime_ns instead above 64 MiB)."""
+    """For a stage's fingerprint: relative path, size and sha256 of each file (mtime_ns instead above 64 MiB).
+
+    Of a directory every file counts, whatever its format. Raises FileNotFoundError when a pattern matches nothing.
+    """
     entries = [patterns] if isinstance(patterns, str) else list(patterns)
-    return [file.identity() for file in find_files(entries, base_directory)]
+    return [file.identity() for file in find_files(entries, base_directory, "any")]
 
 
 def format_of(name: str, read: ReadSettings) -> str:

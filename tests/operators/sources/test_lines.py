@@ -102,6 +102,8 @@ def test_a_text_over_the_limit_is_set_aside_by_its_bytes_not_its_characters(tmp_
 def test_unknown_settings_and_column_types_are_refused() -> None:
     with pytest.raises(ValueError, match="unknown type 'int'"):
         ReadSettings(path="a", columns=["n:int"])
+    with pytest.raises(ValueError, match="text_column: files of format warc have no named columns"):
+        ReadSettings(path="a", format="warc", text_column="body")
     with pytest.raises(ValueError, match="plain text"):
         ReadSettings(path="a", format="jsonl", one_document_per="file")
 

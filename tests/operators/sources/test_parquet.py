@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
 
 import pyarrow as pa
@@ -143,3 +144,18 @@ def test_cuts_and_batches_change_neither_rows_nor_order_nor_ids(
     assert [(row.id, row.where) for row in cut.bad] == [(row.id, row.where) for row in whole.bad]
     assert len(whole.rows) + len(whole.bad) == count
     assert len({*whole.ids, *(row.id for row in whole.bad)}) == count
+
+
+def test_whatever_bytes_are_damaged_the_rest_of_the_file_is_read_or_the_file_is_set_aside(tmp_path: Path) -> None:
+    data = write(
+        tmp_path / "whole.parquet", {"id": list(map(str, range(600))), "text": texts(600)}, compression="zstd"
+    ).read_bytes()
+    for seed in range(60):
+        chance = random.Random(seed)
+        damaged = bytearray(data)
+        place = chance.randrange(len(damaged))
+        damaged[place : place + chance.choice([1, 100])] = chance.randbytes(chance.choice([0, 1, 100]))
+        (tmp_path / "a.parquet").write_bytes(damaged)
+        read = read_all("a.parquet", tmp_path)  # checks that row numbers are dense and every text is UTF-8
+        assert set(read.reasons) <= {"corrupt_file", "corrupt_row_group", "invalid_utf8"}
+        assert len(read.rows) == 600 or read.bad

@@ -80,6 +80,15 @@ def test_keys_change_with_content_and_range_and_with_nothing_else(tmp_path: Path
     assert [item["relative"] for item in file_identities(["*.jsonl"], str(tmp_path))] == ["a.jsonl", "b.jsonl"]
 
 
+def test_the_identity_of_a_folder_is_that_of_all_its_files(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "weights.safetensors").write_bytes(b"w")
+    before = file_identities("model", str(tmp_path))
+    assert [item["relative"] for item in before] == ["weights.safetensors"]
+    (tmp_path / "model" / "weights.safetensors").write_bytes(b"v")
+    assert file_identities("model", str(tmp_path)) != before
+
+
 @pytest.mark.parametrize("limit", [1, 3, 4, 7, 100])
 def test_a_limit_counts_rows_over_all_files_bad_ones_included(tmp_path: Path, limit: int) -> None:
     fill(tmp_path, ["a.jsonl", "b.jsonl"])
