@@ -142,7 +142,7 @@ def _functions() -> dict[str, Any]:
         "models": evaluation.models,
         "perplexities": evaluation.perplexities,
         "perplexity_chart": lambda stage: evaluation.perplexity_chart(
-            stage, lambda row: " ".join(filter(None, (row.lang, row.source))).replace("* *", "*")
+            stage, lambda row: " ".join(filter(None, (row.lang, row.source))).removesuffix(" *")
         ),
         "model_legend": lambda names: [(evaluation.style(index), name) for index, name in enumerate(names)],
         "style": evaluation.style,

@@ -85,6 +85,8 @@ def perplexity_chart(stage: StageView, label_of: Any) -> Markup:
     names = models(stage)
     rows = []
     for row in perplexities(stage):
+        if row.lang == ALL:
+            continue
         marks = [(name, style(index), cell.perplexity) for index, (name, cell) in enumerate(zip(names, row.cells, strict=True))]
         rows.append((label_of(row), [(name, css, value) for name, css, value in marks if value is not None]))
     return charts.dots(rows)

@@ -223,7 +223,7 @@ def _box(node: _Node) -> str:
         kind = sentence(f"kind.{stage.kind}", language) if f"kind.{stage.kind}" in MESSAGES else text(_fit(stage.kind, 12))
         time = sentence("status.reused", language) if stage.state == "reused" else duration(stage.seconds)
         third.append(f'<text class="kind {css}" x="{x + 12:.1f}" y="{y + 56:.1f}">{kind}</text>')
-        if stage.state in ("done", "reused", "failed", "running"):
+        if stage.state in ("done", "reused", "failed") or stage.seconds > 0:
             third.append(f'<text class="time end {css}" x="{x + BOX_WIDTH - 10:.1f}" y="{y + 21:.1f}">{time}</text>')
     return (
         f'<a class="stage {text(stage.state)}" href="#stage-{text(anchor(stage.name))}">'
