@@ -16,6 +16,7 @@ _LEAST_OBJECT_STORE_BYTES = 256 << 20
 _CONNECT_TIMEOUT_S = 10.0
 _SERVERS = ("raylet", "gcs_server")
 _STARTS = 3
+_servers: dict[str, psutil.Process] = {}  # of the Ray that this process started
 
 _connected_here = False  # whether this module, not the program around it, connected the process to Ray
 
@@ -77,6 +78,7 @@ def _start_local(cpus: int, object_store_bytes: int) -> None:
                 logging_level=logging.ERROR,
                 configure_logging=True,
             )
+            _servers.update({child.name(): child for child in psutil.Process().children() if child.name() in _SERVERS})
             return
         except Exception as error:
             ray.shutdown()
@@ -102,6 +104,7 @@ def disconnect() -> None:
     global _connected_here
     if _connected_here and ray.is_initialized():
         ray.shutdown()
+        _servers.clear()
     _connected_here = False
 
 
@@ -119,5 +122,4 @@ def ended_servers() -> list[str]:
 
     Ray's own answer to a dead server is to wait a minute and then to end the driver without a word.
     """
-    found = {child.name(): child.status() for child in psutil.Process().children() if child.name() in _SERVERS}
-    return [name for name in _SERVERS if found.get(name) in (None, psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)]
+    return [name for name, server in _servers.items() if not server.is_running() or server.status() == psutil.STATUS_ZOMBIE]

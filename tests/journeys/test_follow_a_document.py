@@ -1,0 +1,136 @@
+"""One document's way from the file it came in to the packed sequence that holds it, with nothing but what a user has."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import yaml
+from tokenizers import Tokenizer
+
+from operators import shards
+from pipelines.cli import main
+from pipelines.trace import trace
+from tests.conftest import ROOT
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory, ray_cluster: None) -> Path:
+    """The corpus half of the quickstart on its first 250 rows a read."""
+    directory = tmp_path_factory.mktemp("journey")
+    recipe = yaml.safe_load((ROOT / "examples" / "quickstart.yaml").read_text(encoding="utf-8"))
+    names = ["judge", "web", "docs", "clean", "bpe", "tokens"]
+    recipe["stages"] = {name: recipe["stages"][name] for name in names}
+    recipe["stages"]["bpe"]["vocab_size"] = 1500
+    (directory / "recipe.yaml").write_text(yaml.safe_dump(recipe, allow_unicode=True), encoding="utf-8")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(ROOT)
+        assert main(["run", str(directory / "recipe.yaml"), "--runs", str(directory / "runs"), "--limit", "250"]) == 0
+    return directory / "runs" / "quickstart-limit-250"
+
+
+def stage(run: Path, name: str) -> tuple[str, shards.Manifest]:
+    record = json.loads((run / "run.json").read_text(encoding="utf-8"))
+    directory = str(run / record["stages"][name]["directory"])
+    return directory, shards.load_manifest(directory)
+
+
+def rows(run: Path, name: str) -> list[dict[str, Any]]:
+    directory, manifest = stage(run, name)
+    return [row for part in manifest.parts for row in pq.read_table(f"{directory}/{part['name']}").to_pylist()]
+
+
+@pytest.mark.parametrize("lang", ["en", "zh"])
+def test_a_document_is_found_again_in_the_packed_tokens_that_training_reads(run: Path, lang: str, example_data: Path) -> None:
+    directory, manifest = stage(run, "tokens")
+    index = json.loads((Path(directory) / manifest.files["index"]).read_text(encoding="utf-8"))
+    tokens = np.memmap(Path(directory) / manifest.files["tokens"], dtype=index["dtype"], mode="r")
+    tokens = tokens.reshape(index["sequences"], index["length"])
+    tokenizer = Tokenizer.from_file(str(Path(directory) / manifest.files["tokenizer"]))
+    source = {row["id"]: row["text"] for row in pq.read_table(example_data / "documents.parquet").to_pylist()}
+    cleaned = {row["id"]: row for row in rows(run, "docs") if row["lang"] == lang and row["id"] in source}
+    packed = {document for row in rows(run, "tokens") for document in row["documents"]}
+    document = next(row_id for row_id in sorted(cleaned) if row_id in packed)
+
+    events = {event.stage: event for event in trace(str(run), document)}
+    assert events["docs"].what == "kept"
+    assert events["tokens"].what == "packed"
+    pieces = []
+    for event in trace(str(run), document):
+        found = re.match(r"sequence (\d+) tokens (\d+)\.\.(\d+) \(its tokens (\d+)\.\.", event.detail)
+        if event.stage == "tokens" and found:
+            sequence, first, last, offset = map(int, found.groups())
+            pieces.append((offset, tokens[sequence, first : last + 1].tolist()))
+    ids = [token for _, piece in sorted(pieces) for token in piece]
+    assert ids[-1] == index["eos_token_id"]
+    assert tokenizer.decode(ids[:-1], skip_special_tokens=False) == cleaned[document]["text"]
+    words = re.findall(r"\w{4,}", cleaned[document]["text"])[:5]
+    assert words
+    assert all(word in source[document] or word.startswith("pii") for word in words)
+
+
+def test_every_ledger_balances_and_every_input_row_has_one_fate(run: Path) -> None:
+    for name in ("web", "docs", "clean", "judge", "bpe", "tokens"):
+        directory, manifest = stage(run, name)
+        manifest.ledger.check(name)
+        assert sum(pq.read_metadata(f"{directory}/{part['name']}").num_rows for part in manifest.parts) == sum(
+            part["rows"] for part in manifest.parts
+        )
+    for name in ("web", "docs"):
+        directory, manifest = stage(run, name)
+        assert manifest.ledger.rows_in == 250
+        rejected = sum(part["rows"] for part in manifest.rejects)
+        assert rejected == manifest.ledger.rejected.total() + manifest.ledger.quarantined
+        funnel = manifest.stats["funnel"]
+        steps = [funnel[key] for key in sorted(funnel)]
+        assert all(step["in"] == step["kept"] + sum(step["rejected"].values()) for step in steps)
+        assert all(before["kept"] == after["in"] for before, after in itertools.pairwise(steps))
+        assert steps[-1]["kept"] == manifest.ledger.kept
+    kept = stage(run, "clean")[1].ledger
+    assert kept.rows_in == stage(run, "web")[1].rows + stage(run, "docs")[1].rows
+    tokens = stage(run, "tokens")[1]
+    assert tokens.equations
+    assert tokens.stats["documents"] == kept.kept
+
+
+def test_a_removed_document_names_one_that_stayed(run: Path) -> None:
+    directory, manifest = stage(run, "clean")
+    names = manifest.files["removed"]
+    removed = [
+        row for name in ([names] if isinstance(names, str) else names) for row in pq.read_table(f"{directory}/{name}").to_pylist()
+    ]
+    assert len(removed) == manifest.ledger.rejected.total() > 0
+    gone = {row["id"] for row in removed}
+    for row in removed[:20]:
+        assert row["kept_id"] not in gone
+        events = trace(str(run), row["id"])
+        assert any(event.what == "removed" and row["kept_id"] in event.detail for event in events)
+        assert not any(event.what == "packed" for event in events)
+
+
+def test_a_rejected_document_tells_by_what_and_why(run: Path) -> None:
+    directory, manifest = stage(run, "web")
+    rejects = [row for part in manifest.rejects for row in pq.read_table(f"{directory}/{part['name']}").to_pylist()]
+    row = next(row for row in rejects if row["operator"] == "gopher_repetition")
+    (event,) = trace(str(run), row["id"])
+    assert event.what == "rejected"
+    assert event.detail.startswith(f"gopher_repetition: {row['reason']} (measured ")
+    assert row["text"]
+
+
+def test_the_same_command_again_finds_everything_done(run: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*.parquet")}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(ROOT)
+        recipe = run.parent.parent / "recipe.yaml"
+        assert main(["run", str(recipe), "--runs", str(run.parent), "--limit", "250"]) == 0
+    told = capfd.readouterr().err
+    assert told.count("done before") == 6
+    assert "starting Ray" not in told
+    assert {path: path.stat().st_mtime_ns for path in run.rglob("*.parquet")} == before
