@@ -24,8 +24,9 @@ from operators.ledger import Ledger
 from operators.tokens import hashing, holdout
 from operators.tokens.encode import Encoder
 from train import dpo, finetune, models, samples
+from train.errors import JobCancelled
 from train.loader import IGNORE
-from train.parallel import JobCancelled, Workers
+from train.parallel import Workers
 from train.settings import EvaluateJob, NamedModel
 
 ALL = "*"

@@ -33,8 +33,9 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from cluster import storage
 from operators import shards
 from train import artifacts, checkpoint, models, samples
+from train.errors import JobCancelled, NonFiniteLoss
 from train.mixture import Mixture
-from train.parallel import JobCancelled, NonFiniteLoss, Workers
+from train.parallel import Workers
 from train.settings import FinetuneJob, LoraSettings
 
 
@@ -79,7 +80,7 @@ def without_control_tokens(
     batch: pa.RecordBatch, columns: Sequence[str], tokenizer: PreTrainedTokenizerBase, aside: Counter[str]
 ) -> pa.RecordBatch:
     """The rows none of whose messages contains the text of a special token, which would be read as control; others are counted."""
-    pattern = "|".join(re.escape(token) for token in tokenizer.all_special_tokens)
+    pattern = "|".join(re.escape(token.content) for token in tokenizer.added_tokens_decoder.values() if token.special)
     keep = np.ones(batch.num_rows, bool)
     for column in columns:
         values = batch[column]

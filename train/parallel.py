@@ -13,19 +13,9 @@ from typing import Any, Protocol, TypeVar
 import torch
 import torch.distributed as dist
 
+from train.errors import JobError
+
 T = TypeVar("T")
-
-
-class JobCancelled(RuntimeError):
-    """The user stopped the job; its last checkpoint stays."""
-
-
-class JobError(RuntimeError):
-    """What one worker could not do, raised by all of them together."""
-
-
-class NonFiniteLoss(RuntimeError):
-    """The loss or the gradient became infinite or NaN; the message names the batch."""
 
 
 class Report(Protocol):

@@ -25,8 +25,9 @@ from transformers.modeling_utils import PreTrainedModel
 from cluster import storage
 from operators.config import parse
 from train import checkpoint, models, samples
+from train.errors import JobCancelled, NonFiniteLoss
 from train.loader import IGNORE, Batch, PackedTokens, TokenLoader, micro_batches, rank_positions, tokenizer_file
-from train.parallel import JobCancelled, NonFiniteLoss, Workers
+from train.parallel import Workers
 from train.settings import PretrainJob
 
 

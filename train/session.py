@@ -19,127 +19,21 @@ import time
 import traceback
 import uuid
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
-from ray.train import FailureConfig, RunConfig, ScalingConfig
-from ray.train.torch import TorchConfig, TorchTrainer
 
-from train.parallel import JobCancelled, Workers
+from train.coordinator import Coordinator
+from train.errors import JobCancelled, JobError, TrainingError
+
+if TYPE_CHECKING:
+    from train.parallel import Workers
 
 KINDS = ("pretrain", "sft", "dpo", "evaluate")
-MAX_ATTEMPTS = 4
-"""How often a job is handed out before its own deaths are blamed on it."""
 
 _POLL_S = 0.1
 _GRACE_S = 30.0  # for the other workers to report the same error before the failing one ends itself
 _GROUP_RESTARTS = 32
-
-
-class TrainingError(RuntimeError):
-    """A training job failed; the message is the worker's own, `details` its traceback."""
-
-    def __init__(self, message: str, details: str = "") -> None:
-        super().__init__(message)
-        self.details = details
-
-
-@dataclass
-class _Job:
-    number: int
-    job: dict[str, Any]
-    incarnations: list[str] = field(default_factory=list)
-    reports: dict[int, dict[str, Any]] = field(default_factory=dict)  # rank -> {"error", "details", "cancelled", "result"}
-    progress: tuple[int, int, str, dict[str, Any]] | None = None
-    cancelled: bool = False
-    outcome: dict[str, Any] | None = None
-
-
-class Coordinator:
-    """Hands one job at a time to the workers and collects what they report. Holds nothing that grows."""
-
-    def __init__(self, workers: int) -> None:
-        self._workers = workers
-        self._current: _Job | None = None
-        self._count = 0
-        self._stopping = False
-
-    # for the driver
-
-    def submit(self, job: dict[str, Any]) -> int:
-        if self._current is not None and self._current.outcome is None:
-            raise RuntimeError("the training group has a job already")
-        self._count += 1
-        self._current = _Job(self._count, job)
-        return self._count
-
-    def cancel(self, number: int) -> None:
-        if self._current is not None and self._current.number == number:
-            self._current.cancelled = True
-
-    def status(self, number: int) -> dict[str, Any]:
-        """Progress so far and, when over, the outcome."""
-        job = self._current
-        if job is None or job.number != number:
-            raise RuntimeError(f"job {number} is unknown")
-        return {
-            "progress": job.progress,
-            "outcome": job.outcome,
-            "attempts": len(job.incarnations),
-        }
-
-    def stop(self) -> None:
-        self._stopping = True
-
-    # for the workers
-
-    def next(self, incarnation: str, last: int) -> dict[str, Any] | None:
-        """The job to do after job `last`: {"number", "job"}, {"stop": True}, or None for now."""
-        if self._stopping:
-            return {"stop": True}
-        job = self._current
-        if job is None or job.outcome is not None or job.number == last:
-            return None
-        if incarnation not in job.incarnations:
-            job.incarnations.append(incarnation)
-            job.reports.clear()
-            if len(job.incarnations) > MAX_ATTEMPTS:
-                text = f"the training workers died {MAX_ATTEMPTS} times during this job (out of memory is the usual cause)"
-                job.outcome = {"error": text, "details": ""}
-                return None
-        return {"number": job.number, "job": job.job}
-
-    def step(self, number: int, done: int, total: int, note: str, metrics: dict[str, Any]) -> bool:
-        """Note progress; True once the job is to stop."""
-        job = self._current
-        if job is None or job.number != number:
-            return True
-        job.progress = (done, total, note, metrics)
-        return job.cancelled
-
-    def report(self, number: int, incarnation: str, rank: int, report: dict[str, Any]) -> None:
-        """What became of the job on one worker."""
-        job = self._current
-        if job is None or job.number != number or job.outcome is not None or job.incarnations[-1] != incarnation:
-            return
-        job.reports[rank] = report
-        if len(job.reports) == self._workers:
-            failed = [job.reports[r] for r in sorted(job.reports) if job.reports[r].get("error")]
-            # A worker's own error says more than "another worker failed".
-            failed.sort(key=lambda item: item["secondary"])
-            job.outcome = failed[0] if failed else {"result": job.reports[0]["result"]}
-
-    def settled(self, number: int) -> bool:
-        """True when all workers have reported; asked with an error in hand until then."""
-        job = self._current
-        return job is None or job.number != number or job.outcome is not None
-
-    def give_up(self, number: int, error: dict[str, Any]) -> None:
-        """End a job whose workers could not agree: its error is the one given."""
-        job = self._current
-        if job is not None and job.number == number and job.outcome is None:
-            job.outcome = error
 
 
 class TrainGroup:
@@ -166,25 +60,31 @@ class TrainGroup:
         self._coordinator = ray.remote(num_cpus=0)(Coordinator).remote(self.workers)
         # Workers import torch and TRL from disk: a minute is not always enough on a busy machine.
         os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "600")
-        resources = {"CPU": self.cpus, **({"GPU": 1.0} if self.use_gpu else {})}
-        trainer = TorchTrainer(
-            serve,
-            train_loop_config={"coordinator": self._coordinator},
-            torch_config=TorchConfig(backend="nccl" if self.use_gpu else "gloo"),
-            scaling_config=ScalingConfig(num_workers=self.workers, use_gpu=self.use_gpu, resources_per_worker=resources),
-            # A name that was used before would silently resume that run.
-            run_config=RunConfig(
-                name=f"training-{uuid.uuid4().hex[:12]}",
-                storage_path=self.storage_path,
-                failure_config=FailureConfig(max_failures=_GROUP_RESTARTS),
-            ),
-        )
-        self._thread = threading.Thread(target=self._fit, args=(trainer,), name="train-group", daemon=True)
+        self._thread = threading.Thread(target=self._fit, name="train-group", daemon=True)
         self._thread.start()
 
-    def _fit(self, trainer: TorchTrainer) -> None:
+    def _fit(self) -> None:
         try:
-            trainer.fit()
+            # Imports torch, which takes seconds: here, so that `start` returns at once.
+            from ray.train import FailureConfig, RunConfig, ScalingConfig
+            from ray.train.torch import TorchConfig, TorchTrainer
+
+            TorchTrainer(
+                serve,
+                train_loop_config={"coordinator": self._coordinator},
+                torch_config=TorchConfig(backend="nccl" if self.use_gpu else "gloo"),
+                scaling_config=ScalingConfig(
+                    num_workers=self.workers,
+                    use_gpu=bool(self.use_gpu),
+                    resources_per_worker={"CPU": self.cpus, **({"GPU": 1.0} if self.use_gpu else {})},
+                ),
+                # A name that was used before would silently resume that run.
+                run_config=RunConfig(
+                    name=f"training-{uuid.uuid4().hex[:12]}",
+                    storage_path=self.storage_path,
+                    failure_config=FailureConfig(max_failures=_GROUP_RESTARTS),
+                ),
+            ).fit()
         except BaseException as error:  # noqa: BLE001  raised again by whoever waits for the group
             self._failure = error
 
@@ -244,6 +144,8 @@ def serve(config: dict[str, Any]) -> None:
     _prepare_process()
     import torch
 
+    from train.parallel import Workers
+
     coordinator = config["coordinator"]
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
     workers = Workers.here()
@@ -270,7 +172,6 @@ def serve(config: dict[str, Any]) -> None:
 def _attempt(job: dict[str, Any], workers: Workers, reporter: _Reporter) -> dict[str, Any]:
     """Run a job; what became of it, as plain data."""
     from operators.config import parse
-    from train.parallel import JobError
 
     workers.report = reporter
     try:

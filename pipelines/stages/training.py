@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 from cluster import storage
 from operators import shards
 from operators.stage import Cancelled, Stage, StageContext
-from train.parallel import JobCancelled
+from train.errors import JobCancelled
 from train.settings import DpoSettings, EvaluateSettings, ModelShape, PretrainSettings, SftSettings
 
 

@@ -19,7 +19,8 @@ import torch
 from operators import shards
 from tests.train.conftest import SHAPE
 from train import checkpoint, models, pretrain
-from train.parallel import JobCancelled, NonFiniteLoss, Workers
+from train.errors import JobCancelled, NonFiniteLoss
+from train.parallel import Workers
 from train.settings import ModelShape, PretrainJob, RowsInput
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -13,8 +13,9 @@ from peft import PeftModel
 from operators import tables
 from tests.train.conftest import conversations, write_rows
 from train import checkpoint, models, samples, sft
+from train.errors import JobCancelled
 from train.loader import IGNORE
-from train.parallel import JobCancelled, Workers
+from train.parallel import Workers
 from train.settings import LoraSettings, RowsInput, SftJob
 
 
