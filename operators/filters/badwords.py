@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import re
 from importlib import resources
 from typing import Any, ClassVar, Literal
@@ -127,9 +128,14 @@ class BadWords(Filter):
         return tuple(sorted({word for word in words | set(self.config.extra.get(code, ())) if word}))
 
 
-@functools.lru_cache(maxsize=8)
 def _lists(path: str) -> dict[str, tuple[str, ...]]:
-    """Raises ValueError when the file is no JSON object of lists of strings."""
+    """The words by language, cached for the process until the file changes. Raises ValueError for another shape of JSON."""
+    stamp = storage.size(path) if storage.is_remote(path) else os.stat(storage.local_path(path)).st_mtime_ns
+    return _read_lists(path, stamp)
+
+
+@functools.lru_cache(maxsize=8)
+def _read_lists(path: str, stamp: int) -> dict[str, tuple[str, ...]]:
     try:
         data = json.loads(storage.read_bytes(path))
         return {base_language(code): tuple(str(word) for word in words) for code, words in data.items()}
