@@ -98,7 +98,7 @@ def score_samples(prompt: PreferencePrompt, replies: Sequence[Reply], settings: 
 def choose(scored: Sequence[Scored], min_margin: float) -> tuple[Scored, Scored, float] | Reject:
     """(chosen, rejected, margin), or why there is no pair. Equal scores fall to the earlier sample."""
     best = max(range(len(scored)), key=lambda i: (scored[i].score, -i))
-    worst = min(range(len(scored)), key=lambda i: (scored[i].score, -i))
+    worst = min(range(len(scored)), key=lambda i: (scored[i].score, i))
     margin = round(scored[best].score - scored[worst].score, 4)
     if margin == 0 or scored[best].text == scored[worst].text:
         return Reject("tie", margin)

@@ -49,7 +49,7 @@ def play(request: Request) -> str | Reply:
     """What a fair model says at each step, by the shape of the prompt."""
     text, lang = last(request), heuristics.language_of(request.messages[0][1] + last(request))
     role = request.messages[-1][0]
-    number = request.seed % 1000
+    number = request.seed
     if role == "assistant" and text[:2] == "1.":
         tails = {"en": f", variant {word(number, lang)}", "zh": word(number, lang)}
         items = [item if item in ("Go", "去") else item + tails[lang] for item in NEW[lang]]
