@@ -97,7 +97,10 @@ def job_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
                 break
             except OSError:
                 time.sleep(1)
+        else:
+            pytest.fail("the job server did not answer: " + (Path(temporary) / "head.log").read_text())
         yield url
+        assert head.poll() is None, "the head ended by itself: " + (Path(temporary) / "head.log").read_text()
     finally:
         head.terminate()
         head.wait(60)
@@ -114,9 +117,7 @@ stages:
 
 
 @pytest.mark.slow
-def test_a_recipe_runs_as_a_ray_job_and_its_exit_code_comes_back(
-    job_server: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_recipe_runs_as_a_ray_job_and_its_exit_code_comes_back(job_server: str, tmp_path: Path) -> None:
     documents = tmp_path / "docs.jsonl"
     documents.write_text('{"id": "1", "text": "丹炉"}\n{"id": "2", "text": "a furnace"}\n')
     work = tmp_path / "work"
@@ -124,13 +125,22 @@ def test_a_recipe_runs_as_a_ray_job_and_its_exit_code_comes_back(
         shutil.copytree(ROOT / room, work / room, ignore=shutil.ignore_patterns("__pycache__"))
     (work / "tiny.yaml").write_text(RECIPE.replace("PATH", str(documents)))
     (work / "bad.yaml").write_text(RECIPE.replace("PATH", str(tmp_path / "none.jsonl")))
-    runs = str(tmp_path / "runs")
-    options = {"working_dir": str(work), "arguments": ["--address", "auto"], "runs": runs}
-    assert submit(str(work / "tiny.yaml"), job_server, **options) == 0, capsys.readouterr().out  # type: ignore[arg-type]
-    assert list(Path(runs, "tiny", "docs").glob("*/manifest.json"))
-    assert "docs" in capsys.readouterr().out
-    assert submit(str(work / "bad.yaml"), job_server, **options) == 2  # type: ignore[arg-type]
-    assert "none.jsonl" in capsys.readouterr().out
+
+    def submitted(recipe: str) -> subprocess.CompletedProcess[str]:
+        words = ["submit", recipe, "--address", job_server, "--working-dir", ".", "--runs", str(tmp_path / "runs")]
+        return subprocess.run(
+            [sys.executable, "-m", "pipelines", *words], cwd=work, capture_output=True, text=True, timeout=300, check=False
+        )
+
+    done = submitted("tiny.yaml")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert list((tmp_path / "runs" / "tiny" / "docs").glob("*/manifest.json"))
+    assert "submitted danlu-tiny-" in done.stdout
+    assert "docs" in done.stdout
+    failed = submitted("bad.yaml")
+    assert failed.returncode == 2
+    assert "submitted danlu-bad-" in failed.stdout
+    assert "none.jsonl" in failed.stdout
 
 
 @pytest.mark.slow
