@@ -63,6 +63,17 @@
   document.addEventListener("scroll", follow, { passive: true });
   follow();
 
+  // what scrolls inside itself can be scrolled by keyboard
+  const reach = () => {
+    for (const box of document.querySelectorAll(".scroll, .lineage-box, .excerpt, pre, .command")) {
+      if (box.scrollWidth > box.clientWidth + 1 || box.scrollHeight > box.clientHeight + 1) box.tabIndex = 0;
+      else box.removeAttribute("tabindex");
+    }
+  };
+  addEventListener("resize", reach, { passive: true });
+  document.addEventListener("toggle", reach, { capture: true });
+  reach();
+
   // a link to a row inside a closed disclosure opens it
   const reveal = () => {
     const target = location.hash ? document.getElementById(decodeURIComponent(location.hash.slice(1))) : null;
