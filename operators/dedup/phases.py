@@ -1,7 +1,7 @@
 """The units of work of a dedup stage. Each is a plain function of (plan, number) that commits files and a record.
 
 map        part -> keys by partition, sketches, scores
-index      one unit: where each partition starts in every key file
+index      one unit: where each partition starts in every key file; totals of the map
 candidates partition -> ordinals that share a bucket        (only to verify)
 shingles   part -> shingle sets of its candidates           (only to verify)
 join       partition -> forest of pairs, duplicate ids
@@ -106,7 +106,11 @@ def map_part(plan: Plan, number: int) -> None:
 def index_keys(plan: Plan, number: int) -> None:
     for kind in KINDS:
         exchange.write_index(plan.directory, kind, len(plan.parts), plan.partitions)
-    exchange.commit(plan.directory, "index", number, {})
+    rows = signed = 0
+    for part in range(len(plan.parts)):
+        record = exchange.load_record(plan.directory, "map", part)
+        rows, signed = rows + record["rows"], signed + record["signed"]
+    exchange.commit(plan.directory, "index", number, {"rows": rows, "signed": signed})
 
 
 def list_candidates(plan: Plan, number: int) -> None:

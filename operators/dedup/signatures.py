@@ -171,8 +171,19 @@ def _hash_tokens(
             entry = table[point]
             position += width
         if entry > SEPARATOR and entry < NEEDS_NFC:  # a plain letter, by far the most frequent
-            code, alone = entry, by_character
             after_digit = False
+            if not by_character:
+                h = ((h if inside else _TOKEN_SEED) ^ np.uint64(entry)) * _TOKEN_STEP
+                inside = True
+                while position < end:  # the rest of a word, as far as it is ASCII letters
+                    byte = data[position]
+                    entry = table[byte & 0x7F]
+                    if byte >= 0x80 or entry <= SEPARATOR or entry >= NEEDS_NFC:
+                        break
+                    h = (h ^ np.uint64(entry)) * _TOKEN_STEP
+                    position += 1
+                continue
+            code, alone = entry, True
         elif entry == SEPARATOR:
             if inside:
                 out[filled] = _finish_token(h)
@@ -198,6 +209,7 @@ def _hash_tokens(
                     position -= 1
                     while data[position] & 0xC0 == 0x80:
                         position -= 1
+                    after_digit = False
                     break
             out[filled] = _finish_token((_TOKEN_SEED ^ np.uint64(code)) * _TOKEN_STEP)
             filled += 1

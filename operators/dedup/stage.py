@@ -114,7 +114,7 @@ def _where(plan: phases.Plan, name: str, number: int) -> str:
 
 def _finish(context: StageContext, plan: phases.Plan, timings: dict[str, Any]) -> None:
     directory, options = plan.directory, plan.options
-    mapped = [exchange.load_record(directory, "map", number) for number in range(len(plan.parts))]
+    mapped = exchange.load_record(directory, "index", 0)
     joined = [exchange.load_record(directory, "join", number) for number in range(plan.partitions)]
     resolved = exchange.load_record(directory, "resolve", 0)
     view, tables = [], []
@@ -134,7 +134,7 @@ def _finish(context: StageContext, plan: phases.Plan, timings: dict[str, Any]) -
     rejected = Counter({"exact:duplicate": resolved["exact"], "minhash:near_duplicate": resolved["near"]})
     ledger = Ledger(rows_in, 0, sum(part["rows"] - part["removed_rows"] for part in view), +rejected)
     stats: dict[str, Any] = {
-        "documents": sum(record["rows"] for record in mapped),
+        "documents": mapped["rows"],
         "duplicate_ids": sum(record["duplicate_ids"] for record in joined),
         "examples": json.loads(storage.read_bytes(plan.path("examples.json"))),
     }
@@ -146,7 +146,7 @@ def _finish(context: StageContext, plan: phases.Plan, timings: dict[str, Any]) -
             "removed": resolved["near"],
             "clusters": resolved["clusters"],
             "edges": sum(record["edges"]["bands"] for record in joined),
-            "without_signature": sum(record["rows"] - record["signed"] for record in mapped),
+            "without_signature": mapped["rows"] - mapped["signed"],
             "bands": bands,
             "rows": rows,
         }

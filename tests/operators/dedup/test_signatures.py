@@ -73,6 +73,15 @@ def test_a_text_longer_than_the_kernels_buffer_loses_no_shingle(length: int, uni
     assert len(np.unique(hashes)) == len(hashes)
 
 
+@pytest.mark.parametrize("mark", ["世", "๓", "é", "3", "ก์"])
+@pytest.mark.parametrize("before", [510, 511, 512])
+def test_a_character_that_meets_the_end_of_the_buffer_is_taken_once(mark: str, before: int) -> None:
+    text = " ".join(["word"] * before) + mark + " and more words follow here"
+    ours, reference = (make(pa.array([text]), 16, unit=WORDS, words=1) for make in (sign, sign_with_datasketch))
+    assert (ours.values == reference.values).all()
+    assert len(shingle_sets(pa.array([text]), unit=WORDS, words=1)[0]) == len(set(shingles(text, 1, unit=WORDS)))
+
+
 def test_a_document_shorter_than_a_shingle_has_no_signature() -> None:
     texts = pa.array(["", None, "four words are few", "five words are just enough", "四个汉字", "五个汉字了", "...!!!"])
     assert sign(texts).signed.tolist() == [False, False, False, True, False, True, False]
