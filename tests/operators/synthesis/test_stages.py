@@ -18,12 +18,11 @@ from operators.synthesis.requests import Reply, Request
 from pipelines.stages.synthesis import ConversationsStage, EvolInstructStage, PreferencesStage, SelfInstructStage
 from tests.operators.synthesis.recorded import Recording, last
 
+SEED_TEXTS = ["Name a river in Asia.", "Tell a joke about cats.", "List two metals.", "Explain gravity briefly."]
+SEED_TEXTS += ["说出亚洲的一条河。", "讲一个关于猫的笑话。", "列出两种金属。", "简要解释重力。"]
 SEEDS = [
     {"id": f"s{n}", "name": "", "instruction": text, "instances": [{"input": "", "output": "fine"}], "is_classification": False}
-    for n, text in enumerate(
-        ["Name a river in Asia.", "Tell a joke about cats.", "List two metals.", "Explain gravity briefly."]
-        + ["说出亚洲的一条河。", "讲一个关于猫的笑话。", "列出两种金属。", "简要解释重力。"]
-    )
+    for n, text in enumerate(SEED_TEXTS)
 ]
 TASKS = {
     "en": ["Describe the taste of sea salt", "Give advice for a first marathon", "Invent a holiday for librarians"],
