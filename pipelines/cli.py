@@ -19,7 +19,7 @@ from cluster import storage
 from operators.config import SettingsError
 from operators.stage import Cancelled
 
-_OUT = Console(highlight=False, soft_wrap=True)
+_OUT = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 140)  # a pipe has no width
 _ERR = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
