@@ -34,6 +34,7 @@ from pipelines.report.view import SYNTHESIS_KINDS, TRAINING_KINDS, RunView, Stag
 
 _HERE = Path(__file__).parent
 MAX_CLUSTER_BINS = 24
+EXAMPLE_CHARACTERS = 2000  # where dedup stages cut the texts of their examples
 _POLICY = "default-src 'none'; base-uri 'none'; form-action 'none'"
 
 
@@ -81,7 +82,7 @@ def render(run: RunView) -> str:
         corpus_stages=run.of_kind("corpus"),
         dedup_stages=run.of_kind("dedup"),
         token_stages=run.of_kind("tokenizer", "pack"),
-        synthesis_stages=run.of_kind(*SYNTHESIS_KINDS),
+        synthesis_stages=run.of_kind("conversations", *SYNTHESIS_KINDS),
         preference_stages=run.of_kind("preferences"),
         training_stages=run.of_kind(*TRAINING_KINDS),
         training_summaries=training.summaries(run),
@@ -103,7 +104,7 @@ def _sections(run: RunView) -> list[str]:
         "corpus": {"corpus", "quality_classifier"},
         "duplicates": {"dedup"},
         "tokens": {"tokenizer", "pack"},
-        "synthesis": set(SYNTHESIS_KINDS),
+        "synthesis": {"conversations", *SYNTHESIS_KINDS},
         "preferences": {"preferences"},
         "training": set(TRAINING_KINDS),
         "evaluation": {"evaluate"},
@@ -175,10 +176,11 @@ def duplicate_examples(stage: StageView) -> list[dict[str, Any]]:
             "kept": item.get("kept"),
             "removed": item.get("removed"),
             "similarity": item.get("similarity"),
-            "pieces": differences.difference(str(item.get("kept_text") or ""), str(item.get("removed_text") or "")),
+            "pieces": differences.difference(*texts, clipped=max(map(len, texts)) >= EXAMPLE_CHARACTERS),
         }
         for item in stage.stats.get("examples", [])[:5]
         if isinstance(item, dict)
+        for texts in [[str(item.get(name) or "") for name in ("kept_text", "removed_text")]]
     ]
 
 

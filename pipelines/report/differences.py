@@ -18,7 +18,7 @@ _CONTEXT = 90  # characters kept on either side of a change
 
 @dataclass(frozen=True)
 class Piece:
-    """`kind` is same, kept (only in the first text), removed (only in the second), or gap (`text` left out)."""
+    """`kind` is same, kept (only in the first text), removed (only in the second), gap (`text` is not shown), or cut."""
 
     kind: str
     text: str
@@ -29,12 +29,15 @@ def tokens(text: str) -> list[str]:
     return _TOKEN.findall(text)
 
 
-def difference(kept: str, removed: str) -> list[Piece]:
+def difference(kept: str, removed: str, clipped: bool = False) -> list[Piece]:
     """The two texts as one, change by change, by a longest common subsequence of their first `MAX_TOKENS` tokens.
 
-    Long equal stretches become gaps.
+    Long equal stretches become gaps. Where the texts are `clipped` beginnings, a change at their very end only tells
+    where they were cut: it is left out and a piece `cut` stands for the rest.
     """
-    first, second = tokens(kept)[:MAX_TOKENS], tokens(removed)[:MAX_TOKENS]
+    first, second = tokens(kept), tokens(removed)
+    clipped = clipped or len(first) > MAX_TOKENS or len(second) > MAX_TOKENS
+    first, second = first[:MAX_TOKENS], second[:MAX_TOKENS]
     pieces: list[Piece] = []
     left, right = "", ""  # the change that is being collected
     operations = list(Indel.opcodes(first, second))
@@ -50,8 +53,10 @@ def difference(kept: str, removed: str) -> list[Piece]:
         pieces += _changes(left, right)
         pieces.append(Piece("same", same))
         left, right = "", ""
-    pieces += _changes(left, right)
-    return [short for index, piece in enumerate(pieces) for short in _shorten(piece, index == 0, index == len(pieces) - 1)]
+    if not clipped:
+        pieces += _changes(left, right)
+    short_pieces = [short for index, piece in enumerate(pieces) for short in _shorten(piece, index == 0, index == len(pieces) - 1)]
+    return [*short_pieces, Piece("cut", "")] if clipped else short_pieces
 
 
 def _changes(left: str, right: str) -> list[Piece]:

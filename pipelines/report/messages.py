@@ -201,6 +201,7 @@ MESSAGES: dict[str, tuple[str, str]] = {
     "duplicates.removed": ("removed", "剔除"),
     "duplicates.only_kept": ("only in the kept one", "仅见于保留文档"),
     "duplicates.only_removed": ("only in the removed one", "仅见于被剔除文档"),
+    "duplicates.goes_on": ("the texts go on", "后文从略"),
     "duplicates.same": ("{n} equal character|{n} equal characters", "{n} 个相同字符"),
     # tokens
     "tokens.vocab": ("Vocabulary", "词表大小"),

@@ -135,6 +135,11 @@ def test_repeated_passages_stay_aligned() -> None:
     assert changed == ["六", "七"] * 12
 
 
+def test_where_texts_were_cut_is_no_difference() -> None:
+    pieces = differences.difference("one two three", "zero one two", clipped=True)
+    assert [(p.kind, p.text) for p in pieces] == [("removed", "zero "), ("same", "one two"), ("cut", "")]
+
+
 def test_long_equal_stretches_become_gaps() -> None:
     pieces = differences.difference("same words " * 100 + "left", "same words " * 100 + "right")
     assert [piece.kind for piece in pieces] == ["gap", "same", "kept", "removed"]
