@@ -4,9 +4,17 @@ A plan is four arrays over pieces, a piece being a run of tokens of one document
 document, its tokens, and for each sequence the index of its first piece. Both plans place every token once.
 
 `best_fit` is best-fit decreasing (Ding et al. 2024, "Fewer Truncations Improve Language Modeling", arXiv:2404.10830):
-only a document longer than a sequence is cut. `concatenate` is the usual stream cut at every `length` tokens. On 4,982
-Chinese and 3,602 English documents (see docs/experiments.md), at 1,024 tokens, the former cuts the documents that are
-longer than a sequence and nothing else; the latter also cuts most of the others.
+only a document longer than a sequence is cut. `concatenate` is the usual stream, cut at every `length` tokens. On 1,000
+English and 1,000 Chinese web documents (4.75 M tokens, median 862 a document, one window of 2,000):
+
+    length   documents cut, %             padding, %
+             best_fit   concatenate       best_fit   concatenate
+       512       66.0          85.6          0.141         0.001
+     1,024       45.4          69.3          0.044         0.001
+     2,048       29.1          52.7          0.066         0.023
+     8,192        6.3          23.2          0.152         0.152
+
+Windows of 1,024 documents pad 0.11 to 0.32 % under best_fit and cut the same documents, so the window may stay small.
 """
 
 from __future__ import annotations
