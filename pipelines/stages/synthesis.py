@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -205,15 +207,13 @@ class EvolInstructStage(_Generating, EvolSettings):
 
     def run(self, context: StageContext) -> None:
         started = time.monotonic()
-        pool, original = self._pool(context)
+        done = shards.committed_units(context.directory)
+        pool = self._pool(context, write=0 not in done)
         settings = EvolSettings.model_validate(
             {**{name: getattr(self, name) for name in EvolSettings.model_fields}, "prompts": self.prompt_folder(context)}
         )
         generator = self.make_generator(context)
         method = EvolInstruct(settings, pool, generator, self.model_name, context.seed, context.limit)
-        done = shards.committed_units(context.directory)
-        if 0 not in done:
-            _commit(context, 0, original, INSTRUCTIONS, original.stats() | {"examples": []})
         for made in method.rounds():
             if made.number + 1 not in done:
                 rounds = {str(made.number): {"asked": made.asked, "kept": len(made.account.rows)}}
@@ -223,15 +223,30 @@ class EvolInstructStage(_Generating, EvolSettings):
             context.check_cancelled()
         _finish(context, generator, time.monotonic() - started, {"stopped": method.stopped, "pool": len(pool)})
 
-    def _pool(self, context: StageContext) -> tuple[list[Instruction], Account]:
-        """The single-turn instructions to evolve, and all input rows as kept rows."""
-        pool, account = [], Account("evol_instruct")
-        for row in _rows(context, self.input_names(), INSTRUCTIONS):
-            lang = row["lang"] or language_of(row["messages"][0]["content"] if row["messages"] else "")
-            if [message["role"] for message in row["messages"]] == ["user", "assistant"]:
-                pool.append(Instruction(row["id"], row["messages"][0]["content"], lang))
-            account.keep(row, (row["provenance"] or {}).get("operation") or "unknown", created=False)
-        return pool, account
+    def _pool(self, context: StageContext, write: bool) -> list[Instruction]:
+        """The single-turn instructions to evolve; all input rows are written through as unit 0."""
+        pool: list[Instruction] = []
+        ledger = Ledger()
+        stats: dict[str, Counter[str]] = {"languages": Counter(), "operations": Counter()}
+        writer = shards.UnitWriter(context.directory, 0)
+        try:
+            for batch in _batches(_rows(context, self.input_names(), INSTRUCTIONS), _BATCH_ROWS):
+                for row in batch:
+                    lang = row["lang"] or language_of(row["messages"][0]["content"] if row["messages"] else "")
+                    if [message["role"] for message in row["messages"]] == ["user", "assistant"]:
+                        pool.append(Instruction(row["id"], row["messages"][0]["content"], lang))
+                    stats["languages"][row["lang"] or "unknown"] += 1
+                    stats["operations"][(row["provenance"] or {}).get("operation") or "unknown"] += 1
+                ledger.rows_in += len(batch)
+                ledger.kept += len(batch)
+                if write:
+                    writer.write(table_of(batch, INSTRUCTIONS))
+            if write:
+                writer.commit(ledger, {name: dict(sorted(counter.items())) for name, counter in stats.items()})
+        except BaseException:
+            writer.abandon()
+            raise
+        return pool
 
 
 class PreferencesStage(_Generating, PreferenceSettings):
@@ -304,6 +319,11 @@ def _rows(context: StageContext, names: list[str], schema: pa.Schema) -> Iterato
         for _, batch in shards.read(part, batch_rows=1024):
             for row in batch.select([name for name in schema.names if name in batch.schema.names]).to_pylist():
                 yield {name: row.get(name) for name in schema.names}
+
+
+def _batches(rows: Iterator[dict[str, Any]], size: int) -> Iterator[list[dict[str, Any]]]:
+    while batch := list(itertools.islice(rows, size)):
+        yield batch
 
 
 def _commit(context: StageContext, unit: int, account: Account, schema: pa.Schema, stats: dict[str, Any]) -> None:

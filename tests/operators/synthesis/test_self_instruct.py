@@ -255,3 +255,55 @@ def test_all_real_seeds_load_and_chinese_ones_pass_the_chinese_rules(data_pack: 
 def test_a_broken_seed_says_where_it_is() -> None:
     with pytest.raises(ValueError, match=r"seeds\.jsonl, line 3.*instances"):
         parse_seed('{"id": "a", "instruction": "b"}', "seeds.jsonl, line 3")
+
+
+def test_the_one_call_variant_makes_whole_tasks(tmp_path: Path) -> None:
+    def alpaca(request: Request) -> str | Reply:
+        if heuristics.language_of(last(request)) == "zh":
+            return f"写一首关于{word(request.seed, 'zh')}的诗。\n输入：无\n输出：山高水长。\n###\n指令：坏的"
+        return f" Explain {word(request.seed, 'en')}.\nInput: None\nOutput: It is a word.\n###\nInstruction: broken"
+
+    settings = SETTINGS.model_copy(update={"method": "alpaca", "target": 3, "example_length": {"en": 30, "zh": 60}})
+    method = SelfInstruct(settings, SEEDS, generator(Recording(alpaca), str(tmp_path)), "m", 17)
+    rounds = list(method.rounds())
+    rows = [row for made in rounds for row in made.account.rows]
+    assert len(rows) == 3
+    assert all(row["provenance"]["template"].count("@") == 1 for row in rows)
+    assert any(reject["reason"] == "malformed" for made in rounds for reject in made.account.rejects)
+    for made in rounds:
+        made.account.ledger.check("test")
+
+
+def test_outputs_as_a_form_make_several_instances_and_drop_contradictions(tmp_path: Path) -> None:
+    def forms(request: Request) -> str | Reply:
+        if last(request) == "Example 1\nInput:":
+            task = request.messages[-2][1]
+            if "butterfly" in task:
+                return " egg\nOutput: first\nExample 2\nInput: egg\nOutput: second"
+            return " one\nOutput: uno\nExample 2\nInput: two\nOutput: dos"
+        return play(request)
+
+    settings = SETTINGS.model_copy(update={"outputs": "form", "instances_per_task": 2, "languages": {"en": 1.0}})
+    method = SelfInstruct(settings, SEEDS, generator(Recording(forms), str(tmp_path)), "m", 17)
+    rounds = list(method.rounds())
+    rows = [row for made in rounds for row in made.account.rows]
+    assert {row["messages"][1]["content"] for row in rows} >= {"uno", "dos"}
+    assert any(reject["reason"] == "contradiction" for made in rounds for reject in made.account.rejects)
+    assert not any("butterfly" in row["messages"][0]["content"] for row in rows)
+    for made in rounds:
+        made.account.ledger.check("test")
+
+
+def test_prompts_can_be_replaced_by_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "en").mkdir()
+    (tmp_path / "en" / "answer.txt").write_text("[system]\nAnswer as a pirate.\n[user]\n$prompt\n", "utf-8")
+    templates = []
+    for folder in (str(tmp_path), None):
+        recording = Recording(play)
+        settings = SETTINGS.model_copy(update={"prompts": folder, "languages": {"en": 1.0}, "target": 6})
+        method = SelfInstruct(settings, SEEDS, generator(recording, str(tmp_path / f"replies-{folder is None}")), "m", 17)
+        templates.append({row["provenance"]["template"] for made in method.rounds() for row in made.account.rows})
+        assert any(request.messages[0][1] == "Answer as a pirate." for request in recording.asked) == (folder is not None)
+    answered = [{text for text in found if "answer@" in text} for found in templates]
+    assert answered[0]
+    assert not answered[0] & answered[1]
