@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import base64
 import hashlib
+from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import jinja2
+import pyarrow as pa
 from markupsafe import Markup
 
 from cluster import storage
@@ -28,6 +30,7 @@ from pipelines.report import (
     figures,
     lineage,
     resources,
+    samples,
     training,
 )
 from pipelines.report.view import SYNTHESIS_KINDS, TRAINING_KINDS, RunView, StageView, load_run
@@ -61,7 +64,7 @@ def render(run: RunView) -> str:
         lstrip_blocks=True,
         finalize=_shown,
     )
-    environment.globals.update(_functions())
+    environment.globals.update(_functions(), **_readers())
     rows = accounts.accounts(run)
     usages, placed = resources.usages(run)
     page = environment.get_template("page.jinja").render(
@@ -129,16 +132,12 @@ def _functions() -> dict[str, Any]:
         "bar": _bar,
         "distribution": corpus.distribution,
         "funnel": corpus.funnel,
-        "reasons": corpus.reasons,
-        "quarantined": corpus.quarantined,
         "lengths": corpus.lengths,
         "tenths": corpus.tenths,
         "numeric_order": corpus.numeric_order,
         "ordered": lambda counts: [(key, counts[key]) for key in corpus.numeric_order(counts)],
         "cluster_bins": cluster_bins,
         "duplicate_examples": duplicate_examples,
-        "dialogues": dialogues.dialogues,
-        "pairs": dialogues.pairs,
         "measure_title": training.measure_title,
         "models": evaluation.models,
         "perplexities": evaluation.perplexities,
@@ -148,6 +147,32 @@ def _functions() -> dict[str, Any]:
         "model_legend": lambda names: [(evaluation.style(index), name) for index, name in enumerate(names)],
         "style": evaluation.style,
         "samples": evaluation.samples,
+    }
+
+
+def _readers() -> dict[str, Any]:
+    """The functions that read rows. Where a file is gone or damaged they give nothing, and the page says so."""
+    unreadable: dict[str, list[str]] = {}
+
+    def guarded(read: Callable[[StageView], Any], nothing: Any) -> Callable[[StageView], Any]:
+        def reader(stage: StageView) -> Any:
+            try:
+                return read(stage)
+            except (OSError, pa.ArrowException) as error:
+                problems = unreadable.setdefault(stage.name, [])
+                if str(error) not in problems:
+                    problems.append(str(error))
+                return nothing
+
+        return reader
+
+    rejected = guarded(samples.rejected_rows, {})
+    return {
+        "unreadable": unreadable,
+        "reasons": lambda stage: corpus.reasons(stage, rejected(stage)),
+        "quarantined": lambda stage: corpus.quarantined(stage, rejected(stage)),
+        "dialogues": guarded(dialogues.dialogues, []),
+        "pairs": guarded(dialogues.pairs, []),
     }
 
 
@@ -171,17 +196,14 @@ def cluster_bins(clusters: dict[str, figures.Number]) -> list[tuple[str, figures
 
 def duplicate_examples(stage: StageView) -> list[dict[str, Any]]:
     """Example pairs of a dedup stage with their differences."""
-    return [
-        {
-            "kept": item.get("kept"),
-            "removed": item.get("removed"),
-            "similarity": item.get("similarity"),
-            "pieces": differences.difference(*texts, clipped=max(map(len, texts)) >= EXAMPLE_CHARACTERS),
-        }
-        for item in stage.stats.get("examples", [])[:5]
-        if isinstance(item, dict)
-        for texts in [[str(item.get(name) or "") for name in ("kept_text", "removed_text")]]
-    ]
+    found = []
+    for item in stage.stats.get("examples", [])[:5]:
+        if isinstance(item, dict):
+            kept, removed = str(item.get("kept_text") or ""), str(item.get("removed_text") or "")
+            clipped = max(len(kept), len(removed)) >= EXAMPLE_CHARACTERS
+            shown = {name: item.get(name) for name in ("kept", "removed", "similarity")}
+            found.append({**shown, "pieces": differences.difference(kept, removed, clipped)})
+    return found
 
 
 def _moment(written: str) -> str:

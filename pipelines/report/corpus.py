@@ -9,7 +9,6 @@ from typing import Any
 from pipelines.report import charts
 from pipelines.report.charts import Segment
 from pipelines.report.figures import Number, number, percent
-from pipelines.report.samples import rejected_rows
 from pipelines.report.view import StageView
 
 TOP = 14  # bars of a distribution; the rest is said as a count
@@ -57,11 +56,10 @@ def funnel(stage: StageView) -> list[FunnelRow]:
     return rows
 
 
-def reasons(stage: StageView, shown: int = EXAMPLES) -> list[Reason]:
-    """All reasons of a stage's ledger, most frequent first; the first `shown` of them have examples where any were found."""
+def reasons(stage: StageView, examples: Mapping[str, list[dict[str, Any]]], shown: int = EXAMPLES) -> list[Reason]:
+    """All reasons of a stage's ledger, most frequent first; the first `shown` of them have their examples."""
     assert stage.manifest is not None
     counts = sorted(stage.manifest.ledger.rejected.items(), key=lambda item: (-item[1], item[0]))
-    examples = rejected_rows(stage) if counts else {}
     found = []
     for index, (key, count) in enumerate(counts):
         operator, _, reason = key.partition(":")
@@ -69,13 +67,11 @@ def reasons(stage: StageView, shown: int = EXAMPLES) -> list[Reason]:
     return found
 
 
-def quarantined(stage: StageView) -> list[dict[str, Any]]:
+def quarantined(stage: StageView, examples: Mapping[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
     """A few of the rows that could not be read."""
     assert stage.manifest is not None
-    if not stage.manifest.ledger.quarantined:
-        return []
     known = set(stage.manifest.ledger.rejected)
-    return [row for key, rows in rejected_rows(stage).items() if key not in known for row in rows][:4]
+    return [row for key, rows in examples.items() if key not in known for row in rows][:4]
 
 
 def distribution(counts: Mapping[str, Number]) -> tuple[list[tuple[str, Number]], int, Number]:

@@ -218,7 +218,7 @@ def _box(node: _Node) -> str:
         if made is not None:
             line = sentence(made[0], language, n=number(made[1]))
         else:
-            line = sentence(f"status.{stage.status}", language) if f"status.{stage.status}" in MESSAGES else text(stage.status)
+            line = sentence(f"status.{stage.state}", language) if f"status.{stage.state}" in MESSAGES else text(stage.status)
         third.append(f'<text class="what {css}" x="{x + 12:.1f}" y="{y + 40:.1f}">{line}</text>')
         kind = sentence(f"kind.{stage.kind}", language) if f"kind.{stage.kind}" in MESSAGES else text(_fit(stage.kind, 12))
         time = sentence("status.reused", language) if stage.state == "reused" else duration(stage.seconds)

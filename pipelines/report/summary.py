@@ -12,7 +12,15 @@ from pipelines.report.lineage import outcome
 from pipelines.report.training import summaries
 from pipelines.report.view import RunView, StageView, load_run
 
-_STYLES = {"done": "", "reused": "dim", "failed": "bold red", "missing": "bold red", "running": "yellow", "pending": "dim"}
+_STYLES = {
+    "done": "",
+    "reused": "dim",
+    "failed": "bold red",
+    "missing": "bold red",
+    "running": "yellow",
+    "interrupted": "yellow",
+    "pending": "dim",
+}
 
 
 def summary_table(run_directory: str) -> Table:
@@ -36,7 +44,7 @@ def summary_table(run_directory: str) -> Table:
             if account is None
             else [number(n) for n in (account.left, account.kept, account.rejected, account.quarantined)]
         )
-        time = duration(stage.seconds) if stage.state in ("done", "failed", "running") else "–"
+        time = duration(stage.seconds) if stage.state in ("done", "failed", "running", "interrupted") else "–"
         cells = [stage.name, stage.kind, *counts, time, _note(stage, run)]
         table.add_row(*(Text(visible(cell), style=_STYLES.get(stage.state, "")) for cell in cells))
     return table

@@ -51,7 +51,9 @@ class StageView:
 
     @property
     def state(self) -> str:
-        """The status as it is shown: a finished stage that was not redone is `reused`."""
+        """The status as it is shown: a finished stage that was not redone is `reused`, one that was stopped `interrupted`."""
+        if self.status == "pending" and self.seconds > 0:
+            return "interrupted"
         return "reused" if self.status == "done" and self.reused else self.status
 
 

@@ -211,6 +211,15 @@ def test_a_finished_stage_whose_manifest_is_gone_is_named(run_copy: Path) -> Non
     assert "has no manifest.json" in text
 
 
+def test_rejected_rows_that_are_gone_are_reported_and_still_counted(run_copy: Path) -> None:
+    next(next((run_copy / "web").iterdir()).joinpath("rejects").iterdir()).unlink()
+    next(next((run_copy / "tasks").iterdir()).joinpath("parts").iterdir()).write_bytes(b"PAR1 damaged")
+    _, page = _built(run_copy)
+    assert "Examples cannot be read" in page.by_id("corpus").text()
+    assert "other_language 118" in page.by_id("corpus").text()
+    assert "Examples cannot be read" in page.by_id("synthesis").text()
+
+
 def test_an_account_that_does_not_balance_is_not_called_complete(run_copy: Path) -> None:
     path = next((run_copy / "web").iterdir()) / "manifest.json"
     manifest = json.loads(path.read_text("utf-8"))
