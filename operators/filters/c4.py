@@ -19,6 +19,7 @@ from operators.filters.thresholds import analysis_of, base_language, languages
 from operators.operator import Operator, Verdict
 from operators.text.analysis import Analysis
 from operators.text.language import set_column
+from operators.text.repair import replace_on_hits
 
 _LINE_ENDS = r"\r\n|[\r\v\f\x1c-\x1e\x{85}\x{2028}\x{2029}]"  # with the line feed, those of str.splitlines
 _CITATION = r"\[\d*\]|\[edit\]|\[citation needed\]"
@@ -61,7 +62,7 @@ class C4Quality(Operator):
         codes = [base_language(code) for code in languages(table, guess).to_pylist()]
         unspaced = np.isin(np.array(codes, object).astype(str), _UNSPACED)
 
-        split = pc.split_pattern(pc.replace_substring_regex(text, _LINE_ENDS, "\n"), "\n")
+        split = pc.split_pattern(replace_on_hits(text, _LINE_ENDS, "\n"), "\n")
         first = np.asarray(split.offsets, np.int64)
         lines = pc.utf8_trim_whitespace(split.flatten())
         owner = np.repeat(np.arange(len(text)), np.diff(first))
@@ -75,11 +76,12 @@ class C4Quality(Operator):
             at = [np.flatnonzero(mask[inside]) for mask in condemned]
             reason_code[document] = 1 if len(at[0]) and (not len(at[1]) or at[0][0] <= at[1][0]) else 2
         if self.config.citations:
-            lines = pc.replace_substring_regex(lines, _CITATION, "")
-        sentences = np.bincount(owner, np.where(drop, 0, pc.count_substring_regex(lines, _SENTENCE).to_numpy()), len(text))
+            lines = replace_on_hits(lines, _CITATION, "")
+        standing = lines.filter(pa.array(~drop))
+        sentences = np.bincount(owner[~drop], pc.count_substring_regex(standing, _SENTENCE).to_numpy(), len(text))
         counts = np.bincount(owner[~drop], minlength=len(text))
         offsets = pa.array(np.r_[0, np.cumsum(counts)].astype(np.int64))
-        kept = pa.LargeListArray.from_arrays(offsets, lines.filter(pa.array(~drop)).cast(pa.large_string()))
+        kept = pa.LargeListArray.from_arrays(offsets, standing.cast(pa.large_string()))
         cleaned = pc.utf8_trim_whitespace(pc.binary_join(kept, pa.scalar("\n", pa.large_string())))
         few = sentences < self.config.min_sentences if self.config.min_sentences is not None else counts == 0
         names = pa.array(["lorem_ipsum", "curly_bracket", "few_sentences"])
@@ -101,15 +103,19 @@ class C4Quality(Operator):
             for line in long:  # sparse: lines of more characters than a word may have
                 drop[line] = max(map(len, lines[int(line)].as_py().split()), default=0) > config.max_word_characters
         if config.terminal_punctuation:
-            stripped = pc.replace_substring_regex(lines, _CITATION, "") if config.citations else lines
+            stripped = replace_on_hits(lines, _CITATION, "") if config.citations else lines
             ends = pc.match_substring_regex(stripped, _ENGLISH_TERMINAL).to_numpy(zero_copy_only=False)
             ends &= ~pc.ends_with(stripped, "...").to_numpy(zero_copy_only=False)
-            chinese = pc.match_substring_regex(stripped, _TERMINAL).to_numpy(zero_copy_only=False)
-            drop |= ~np.where(unspaced, chinese, ends)
+            any_script = pc.match_substring_regex(stripped, _TERMINAL).to_numpy(zero_copy_only=False)
+            drop |= ~np.where(unspaced, any_script, ends)
         if config.min_words is not None:
-            words = pc.count_substring_regex(lines, r"\S+").to_numpy()
-            han = pc.count_substring_regex(lines, r"[\p{Han}\p{Hiragana}\p{Katakana}]").to_numpy()
-            drop |= np.where(unspaced, words + han // 2, words) < config.min_words
+            few = ~matches(rf"(?:\S+\s+){{{config.min_words - 1}}}\S")
+            chinese = np.flatnonzero(few & unspaced)
+            candidates = lines.take(pa.array(chinese))
+            words = pc.count_substring_regex(candidates, r"\S+").to_numpy()
+            han = pc.count_substring_regex(candidates, r"[\p{Han}\p{Hiragana}\p{Katakana}]").to_numpy()
+            few[chinese] = words + han // 2 < config.min_words
+            drop |= few
         lorem = matches("(?i)lorem ipsum") & ~drop if config.lorem_ipsum else np.zeros(len(lines), bool)
         if config.javascript:
             drop |= matches("(?i)javascript")
