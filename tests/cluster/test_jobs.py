@@ -68,39 +68,55 @@ def _free_ports(count: int) -> list[str]:
         return [str(each.getsockname()[1]) for each in sockets]
 
 
-@pytest.fixture(scope="module")
-def job_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A Ray head of this test's own, with a token, on free loopback ports; ended by its process id."""
-    temporary = tempfile.mkdtemp(prefix="rj", dir="/tmp")  # Ray's sockets need a short path
-    token = tmp_path_factory.mktemp("token") / "token"
-    token.write_text("d" * 64)
+def _start_head(temporary: Path, token: str) -> tuple[subprocess.Popen[bytes], str] | None:
+    """(the head's process, the URL of its job server) once both are up; None when Ray gave up on a busy machine."""
     gcs, dashboard, agent, agent_grpc, metrics, client = _free_ports(6)
-    patch = pytest.MonkeyPatch()
-    patch.setenv("RAY_AUTH_MODE", "token")
-    patch.setenv("RAY_AUTH_TOKEN_PATH", str(token))
-    environment = {**os.environ, "RAY_USAGE_STATS_ENABLED": "0", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     words = [
         sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--node-ip-address", "127.0.0.1", "--port", gcs,
         "--dashboard-host", "127.0.0.1", "--dashboard-port", dashboard, "--dashboard-agent-listen-port", agent,
         "--dashboard-agent-grpc-port", agent_grpc, "--metrics-export-port", metrics, "--ray-client-server-port", client,
-        "--include-dashboard", "true", "--num-cpus", "4", "--object-store-memory", str(200 << 20), "--temp-dir", temporary,
+        "--include-dashboard", "true", "--num-cpus", "4", "--object-store-memory", str(200 << 20), "--temp-dir", str(temporary),
     ]  # fmt: skip
-    with open(Path(temporary) / "head.log", "w") as log:
-        head = subprocess.Popen(words, stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True)
+    environment = {**os.environ, "RAY_USAGE_STATS_ENABLED": "0", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    log = temporary / "head.log"
+    with open(log, "w") as stream:
+        head = subprocess.Popen(words, stdout=stream, stderr=subprocess.STDOUT, env=environment, start_new_session=True)
+    url = f"http://127.0.0.1:{dashboard}"
+    request = urllib.request.Request(f"{url}/api/version", headers={"Authorization": f"Bearer {token}"})
+    for _ in range(180):
+        if head.poll() is not None:
+            if "timed out during startup" in log.read_text():
+                return None
+            pytest.fail(f"the head ended: {log.read_text()}")
+        try:
+            urllib.request.urlopen(request, timeout=2).close()
+            if "Ray runtime started" in log.read_text():
+                return head, url
+        except OSError:
+            pass
+        time.sleep(1)
+    head.terminate()
+    head.wait(60)
+    pytest.fail(f"the job server did not answer: {log.read_text()}")
+
+
+@pytest.fixture(scope="module")
+def job_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A Ray head of this test's own, with a token, on free loopback ports; ended by its process id."""
+    temporary = Path(tempfile.mkdtemp(prefix="rj", dir="/tmp"))  # Ray's sockets need a short path
+    token = tmp_path_factory.mktemp("token") / "token"
+    token.write_text("d" * 64)
+    patch = pytest.MonkeyPatch()
+    patch.setenv("RAY_AUTH_MODE", "token")
+    patch.setenv("RAY_AUTH_TOKEN_PATH", str(token))
+    started = None
+    for _ in range(3):  # Ray allows its own servers 30 seconds, which a busy machine exceeds
+        started = started or _start_head(temporary, token.read_text())
+    assert started is not None, (temporary / "head.log").read_text()
+    head, url = started
     try:
-        url = f"http://127.0.0.1:{dashboard}"
-        request = urllib.request.Request(f"{url}/api/version", headers={"Authorization": f"Bearer {token.read_text()}"})
-        for _ in range(120):
-            assert head.poll() is None, (Path(temporary) / "head.log").read_text()
-            try:
-                urllib.request.urlopen(request, timeout=2).close()
-                break
-            except OSError:
-                time.sleep(1)
-        else:
-            pytest.fail("the job server did not answer: " + (Path(temporary) / "head.log").read_text())
         yield url
-        assert head.poll() is None, "the head ended by itself: " + (Path(temporary) / "head.log").read_text()
+        assert head.poll() is None, "the head ended by itself: " + (temporary / "head.log").read_text()
     finally:
         head.terminate()
         head.wait(60)
