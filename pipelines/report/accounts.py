@@ -158,7 +158,8 @@ def key_figures(run: RunView) -> list[KeyFigure]:
                 translated("figure.models", n=len(training)),
             )
         )
-    found.append(KeyFigure(duration(run.seconds), translated("figure.time")))
+    reused = any(stage.reused for stage in done.values())
+    found.append(KeyFigure(duration(run.seconds), translated("figure.time"), translated("figure.time_reused") if reused else None))
     return found
 
 

@@ -51,6 +51,7 @@ MESSAGES: dict[str, tuple[str, str]] = {
     "figure.pairs": ("preference pairs", "偏好对"),
     "figure.trained": ("tokens trained on", "训练词元"),
     "figure.time": ("wall time", "总耗时"),
+    "figure.time_reused": ("without the reused stages", "不含沿用的阶段"),
     "figure.of_read": ("{share} of those read", "占读入的 {share}"),
     "figure.of_checked": ("{share} of those compared", "占比对文档的 {share}"),
     "figure.sequences": ("{n} sequence|{n} sequences", "{n} 条序列"),

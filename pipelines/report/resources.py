@@ -28,9 +28,8 @@ class Usage:
 
 def _offset(stage: StageView, run: RunView) -> float | None:
     """Seconds from the run's start to the stage's, where both are known."""
-    started = stage.timings.get("started")
     try:
-        return max(0.0, float(started) - datetime.fromisoformat(run.started).timestamp()) if started is not None else None
+        return None if stage.started is None else max(0.0, stage.started - datetime.fromisoformat(run.started).timestamp())
     except ValueError:
         return None
 

@@ -25,6 +25,7 @@ class StageView:
     status: str
     seconds: float
     reused: bool
+    started: float | None = None  # seconds since the epoch, where the runner noted it
     manifest: shards.Manifest | None = None
     timings: dict[str, Any] = field(default_factory=dict)
     problem: str | None = None
@@ -131,7 +132,12 @@ def _load_stage(run_directory: str, name: str, entry: dict[str, Any]) -> StageVi
         status=status,
         seconds=float(entry.get("seconds") or 0.0),
         reused=bool(entry.get("reused")),
+        started=_number(entry.get("started", timings.get("started"))),
         manifest=manifest,
         timings=timings,
         problem=None if problem is None else str(problem),
     )
+
+
+def _number(value: Any) -> float | None:
+    return float(value) if isinstance(value, int | float) else None

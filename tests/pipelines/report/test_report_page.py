@@ -83,8 +83,8 @@ def test_evaluation_shows_every_perplexity_and_the_change_against_the_first_mode
 
 def test_other_equations_are_written_out_term_by_term(page: Element) -> None:
     text = page.by_id("ledger").text()
-    assert "1,214,757packed" in text
-    assert "512cut" in text
+    assert "1,214,757 packed" in text
+    assert "512 cut" in text
 
 
 def test_training_tables_hold_the_last_point_of_every_curve(finished_run: Path, page: Element) -> None:
@@ -209,6 +209,24 @@ def test_a_finished_stage_whose_manifest_is_gone_is_named(run_copy: Path) -> Non
     text = page.by_id("main").text()
     assert "the record of bpe cannot be read" in text
     assert "has no manifest.json" in text
+
+
+def test_the_timeline_places_stages_where_they_began(run_copy: Path) -> None:
+    record = read_record(run_copy)
+    for index, stage in enumerate(record["order"]):
+        record["stages"][stage]["started"] = 1772356364.12 + 40 * index  # the run began at 1772356364.12
+    write_record(run_copy, record)
+    _, page = _built(run_copy)
+    bars = {
+        row.all("th")[0].text(): row.all("rect")[1].attributes
+        for row in page.by_id("resources").all("table")[0].all("tr")
+        if len(row.all("rect")) > 1
+    }
+    total = max(612.4, *(40 * index + seconds for index, (_, _, _, seconds) in enumerate(ORDER)))
+    assert float(bars["judge"]["x"][:-1]) == 0
+    assert float(bars["web"]["x"][:-1]) == pytest.approx(100 * 40 / total, abs=0.01)
+    assert "docs" not in bars  # reused
+    assert "Each bar begins when its stage began." in page.by_id("resources").text()
 
 
 def test_rejected_rows_that_are_gone_are_reported_and_still_counted(run_copy: Path) -> None:
