@@ -17,7 +17,7 @@ from pipelines.report import charts, differences, excerpts, figures, samples
 from pipelines.report.charts import Segment, Series
 from pipelines.report.lineage import drawing, layers
 from pipelines.report.messages import MESSAGES
-from pipelines.report.view import load_run
+from pipelines.report.view import RunView, StageView, load_run
 
 _SOURCES = [
     path
@@ -194,21 +194,37 @@ def test_layers_are_longest_paths_and_circles_are_refused() -> None:
         layers({"a": ["b"], "b": ["a"]})
 
 
-def test_boxes_of_the_lineage_do_not_touch_and_stay_inside(finished_run: Path) -> None:
-    svg = ET.fromstring(re.sub(r'^<div class="fit"><svg.*?</svg>|</div>$', "", str(drawing(load_run(str(finished_run))))))
+def _svg(run: RunView) -> ET.Element:
+    return ET.fromstring(re.sub(r'^<div class="fit"><svg.*?</svg>|</div>$', "", str(drawing(run))))
+
+
+def _check_boxes(svg: ET.Element, count: int) -> None:
     _, _, width, height = map(float, str(svg.get("viewBox")).split())
-    boxes = []
+    boxes: list[tuple[float, ...]] = []
     for box in (mark for mark in svg.iter("rect") if mark.get("class") == "box"):
         x, y, w, h = (float(str(box.get(name))) for name in ("x", "y", "width", "height"))
         assert 0 <= x <= x + w <= width
-        assert 0 <= y <= y + h <= height
-        boxes.append((x, y, w, h))
-    assert len(boxes) == 14
-    for index, (x, y, w, h) in enumerate(boxes):
-        for other_x, other_y, _, _ in boxes[:index]:
+        assert 0 <= y <= y + h <= height + 0.5
+        for other_x, other_y, _, _ in boxes:
             assert abs(x - other_x) >= w or abs(y - other_y) >= h
-    edges = [mark for mark in svg.iter("path")]
-    assert len(edges) >= sum(len(stage.inputs) for stage in load_run(str(finished_run)).stages) - 4  # shared ways
+        boxes.append((x, y, w, h))
+    assert len(boxes) == count
+
+
+def test_boxes_of_the_lineage_do_not_touch_and_stay_inside(finished_run: Path) -> None:
+    run = load_run(str(finished_run))
+    svg = _svg(run)
+    _check_boxes(svg, 14)
+    assert len(list(svg.iter("path"))) >= sum(len(stage.inputs) for stage in run.stages) - 4  # some share their way
+
+
+@given(st.integers(1, 25).flatmap(lambda n: st.lists(st.sets(st.integers(0, 24), max_size=5), min_size=n, max_size=n)))
+def test_any_recipe_can_be_drawn(reads: list[set[int]]) -> None:
+    stages = [
+        StageView(f"阶段<{n}>", "corpus", "", "", [f"阶段<{m}>" for m in sorted(reads[n]) if m < n], "pending", 0.0, False)
+        for n in range(len(reads))
+    ]
+    _check_boxes(_svg(RunView("runs/x", "x", "", stages, "", 0.0, {}, "", None)), len(stages))
 
 
 def test_samples_read_few_files_and_short_texts(finished_run: Path) -> None:
