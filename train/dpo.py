@@ -40,10 +40,11 @@ def run(job: DpoJob, directory: str, workers: Workers) -> dict[str, Any]:
     without it a second, frozen copy. Called again after a crash it goes on from the last checkpoint; when finished it
     returns the result on file. Raises JobCancelled, ValueError for inputs without a usable pair.
     """
+    root = storage.join(directory, "checkpoints")
     finished = workers.share(samples.read_result(directory) if workers.first else None)
     if finished is not None:
+        workers.on_first(lambda: storage.delete(root))
         return finished
-    root = storage.join(directory, "checkpoints")
 
     def prepare() -> tuple[Any, ...]:
         model, tokenizer = models.load(job.model), models.load_tokenizer(job.model)

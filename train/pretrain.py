@@ -38,8 +38,10 @@ def run(job: PretrainJob, directory: str, workers: Workers) -> dict[str, Any]:
     again after a crash it goes on from the last checkpoint; called again when finished it returns the result on file.
     Raises NonFiniteLoss naming the batch, JobCancelled when the user stopped.
     """
+    root = storage.join(directory, "checkpoints")
     finished = workers.share(samples.read_result(directory) if workers.first else None)
     if finished is not None:
+        workers.on_first(lambda: storage.delete(root))
         return finished
     loader, tokenizer = workers.together(lambda: _open(job, workers))
     model = workers.together(lambda: _model(job, loader, tokenizer))
@@ -54,7 +56,7 @@ def run(job: PretrainJob, directory: str, workers: Workers) -> dict[str, Any]:
         return samples.write_result(directory, training.result())
 
     result = workers.share(workers.on_first(write))
-    workers.on_first(lambda: storage.delete(storage.join(directory, "checkpoints")))
+    workers.on_first(lambda: storage.delete(root))
     return result
 
 

@@ -33,10 +33,11 @@ def run(job: SftJob, directory: str, workers: Workers) -> dict[str, Any]:
     on from the last checkpoint; when finished it returns the result on file. Raises JobCancelled, ValueError for inputs
     without a usable conversation.
     """
+    root = storage.join(directory, "checkpoints")
     finished = workers.share(samples.read_result(directory) if workers.first else None)
     if finished is not None:
+        workers.on_first(lambda: storage.delete(root))
         return finished
-    root = storage.join(directory, "checkpoints")
 
     def prepare() -> tuple[Any, ...]:
         model, tokenizer = models.load(job.model), models.load_tokenizer(job.model)

@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 from cluster import storage
 from operators import shards
 from operators.stage import Cancelled, Stage, StageContext
-from train.errors import JobCancelled
+from train.errors import JobCancelled, TrainingError
 from train.settings import DpoSettings, EvaluateSettings, ModelShape, PretrainSettings, SftSettings
 
 
@@ -53,6 +53,9 @@ def run_job(context: StageContext, kind: str, config: dict[str, Any]) -> dict[st
         return dict(group.run({"kind": kind, "config": config, "directory": context.directory}, progress, context.cancelled.is_set))
     except JobCancelled as error:
         raise Cancelled(f"stage {context.stage}: {error}") from None
+    except TrainingError as error:
+        context.log(error.details)
+        raise
 
 
 def _finish_training(context: StageContext, result: dict[str, Any], adapter: bool) -> None:
