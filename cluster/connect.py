@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import shutil
@@ -67,6 +68,7 @@ def _start_local(cpus: int, object_store_bytes: int) -> None:
     """`ray.init`, tried again where a busy machine takes longer than the 30 seconds that Ray allows its own servers."""
     import ray
 
+    before = {child.pid for child in psutil.Process().children()}
     for attempt in range(_STARTS):
         try:
             ray.init(
@@ -82,6 +84,7 @@ def _start_local(cpus: int, object_store_bytes: int) -> None:
             return
         except Exception as error:
             ray.shutdown()
+            _end([child for child in psutil.Process().children() if child.pid not in before])
             if "timed out during startup" not in str(error) or attempt == _STARTS - 1:
                 raise ConnectionError(f"Ray could not be started on this machine: {error}") from error
 
@@ -95,6 +98,14 @@ def _check_reachable(address: str) -> None:
         socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT_TIMEOUT_S).close()
     except OSError as error:
         raise ConnectionError(f"no Ray answers at {address!r}: {error}") from error
+
+
+def _end(servers: list[psutil.Process]) -> None:
+    """End what a failed `ray.init` leaves running: it forgets the servers that had started."""
+    for server in servers:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            server.kill()
+    psutil.wait_procs(servers, timeout=10)
 
 
 def disconnect() -> None:

@@ -13,11 +13,11 @@ ROOT = Path(__file__).resolve().parent.parent
 @pytest.fixture(scope="session")
 def ray_cluster() -> Iterator[None]:
     """A local Ray of four logical CPUs, without dashboard, shut down at the end of the session."""
-    import ray
+    from cluster.connect import connect, disconnect
 
-    ray.init(num_cpus=4, include_dashboard=False, object_store_memory=256 << 20, log_to_driver=False, configure_logging=False)
+    connect(cpus=4, object_store_bytes=256 << 20)
     yield
-    ray.shutdown()
+    disconnect()
 
 
 @pytest.fixture(scope="session")
