@@ -119,6 +119,13 @@ def disconnect() -> None:
     _connected_here = False
 
 
+def connected() -> bool:
+    """True when this process is connected to a Ray."""
+    import ray
+
+    return bool(ray.is_initialized())
+
+
 def gpu_count() -> int:
     """GPUs of this machine, by the driver's own tool; 0 without one."""
     tool = shutil.which("nvidia-smi")

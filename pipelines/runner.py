@@ -95,6 +95,7 @@ class Run:
                     self.display.stage(node.name, "done before")
             if pending:
                 self.display.line("starting Ray" if self.options.address is None else f"joining Ray at {self.options.address}")
+                was_connected = connect.connected()
                 connect.connect(address=self.options.address, cpus=self.options.cpus)
                 try:
                     self._services.start_early(pending)
@@ -103,6 +104,8 @@ class Run:
                     self._lost(str(error))
                     raise
                 self._services.stop(graceful=not self.cancelled.is_set())
+                if not was_connected:
+                    connect.disconnect()
             self._record()
         if self.cancelled.is_set():
             raise Cancelled("stopped")
@@ -324,9 +327,9 @@ class Services:
                 self._group = None
 
     def stop(self, graceful: bool) -> None:
+        """Give everything back; without `graceful` Ray's end takes it down."""
         if graceful:
             self.stop_unneeded(False, False)
-        connect.disconnect()
 
 
 class hold:
