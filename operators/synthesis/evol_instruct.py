@@ -159,7 +159,9 @@ class EvolInstruct:
         for number in range(self.settings.rounds):
             made = self._round(number)
             self._kept += len(made.account.rows)
-            if self.generator.exhausted or not made.asked:
+            if not self._current:
+                self.stopped = "no_input"
+            elif self.generator.exhausted or not made.asked:
                 self.stopped = "token_cap"
             elif self._limit is not None and self._kept >= self._limit:
                 self.stopped = "limit"

@@ -102,6 +102,7 @@ class Round:
     account: Account
     asked: int
     accepted: int
+    starved: bool = False  # new tasks were wanted and the token cap allowed no request
     classification: Counter[str] = field(default_factory=Counter)
 
 
@@ -224,7 +225,7 @@ class SelfInstruct:
             last = number + 1 == self.settings.max_rounds
             if self.kept >= self.settings.target:
                 self.stopped = "target"
-            elif self.generator.exhausted or not made.asked:
+            elif self.generator.exhausted or (made.starved and not made.account.rows):
                 self.stopped = "token_cap"
             elif barren == 2:
                 self.stopped = "no_yield"
@@ -243,6 +244,7 @@ class SelfInstruct:
         need = math.ceil(1.25 * (self.settings.target - self.kept))
         if len(self._backlog) < need:
             self._bootstrap(made)
+            made.starved = made.asked == 0
         batch = [self._backlog.popleft() for _ in range(min(need, len(self._backlog)))]
         if self.settings.method == "alpaca":
             for task in batch:

@@ -152,6 +152,20 @@ def test_the_token_cap_stops_the_method_and_accounts_for_what_was_left(tmp_path:
     assert any(r["reason"] == "token_cap" for made in rounds for r in made.account.rejects)
 
 
+def test_a_round_that_lives_on_tasks_left_from_the_last_does_not_end_the_method(tmp_path: Path) -> None:
+    def half_cut(request: Request) -> str | Reply:
+        if last(request)[:2] == "1.":
+            return "\n".join(f"{n}. Describe {word(request.seed * 31 + n * 1_234_567, 'en')}" for n in range(5, 20))
+        answers = request.sampling.max_tokens == SETTINGS.answer_sampling.max_tokens
+        return said("cut of", "length") if answers and request.seed % 3 else play(request)
+
+    settings = SETTINGS.model_copy(update={"target": 6, "max_rounds": 20, "languages": {"en": 1.0}})
+    method = SelfInstruct(settings, SEEDS, generator(Recording(half_cut), str(tmp_path), 10**6), "m", 17)
+    rounds = list(method.rounds())
+    assert any(made.asked == 0 for made in rounds[:-1]), "no round lived on the backlog: the test means nothing"
+    assert method.stopped == "target"
+
+
 def test_no_yield_stops_after_two_barren_rounds(tmp_path: Path) -> None:
     method = SelfInstruct(SETTINGS, SEEDS, generator(Recording(lambda r: "nothing"), str(tmp_path)), "m", 17)
     rounds = list(method.rounds())
