@@ -99,6 +99,9 @@ class Stage(Settings):
     def validate_deep(self) -> None:
         """Checks that need more than the settings' types (importing an operator, say). Raises SettingsError."""
 
+    def preflight(self, base_directory: str) -> None:
+        """A quick look at the input before anything starts. Raises SettingsError, FileNotFoundError."""
+
     def input_names(self) -> list[str]:
         """The stages whose directories this one reads."""
         return []

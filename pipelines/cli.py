@@ -155,10 +155,12 @@ def _check(parsed: argparse.Namespace) -> int:
     from pipelines.check import lint
     from pipelines.graph import plan
     from pipelines.recipe import load_recipe
+    from pipelines.runner import preflight
 
     recipe, _ = load_recipe(parsed.recipe)
     nodes = plan(recipe, storage.join(storage.absolute(parsed.runs, os.getcwd()), recipe.name), os.getcwd(), parsed.limit)
     for node in nodes:
+        preflight(node, os.getcwd())
         done = "done" if storage.exists(storage.join(node.directory, "manifest.json")) else "to do"
         inputs = f" <- {', '.join(node.inputs)}" if node.inputs else ""
         _OUT.print(f"{node.name:<16} {node.stage.kind:<18} {node.fingerprint}  {done}{inputs}", markup=False)

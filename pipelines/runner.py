@@ -89,6 +89,9 @@ class Run:
                 if done:
                     self._reused.add(node.name)
             self._record()
+            for node in self.nodes:
+                if self._status[node.name] == "pending":
+                    preflight(node, self.options.base_directory)
             pending = [node for node in self.nodes if self._status[node.name] == "pending"]
             for node in self.nodes:
                 if node.name in self._reused:
@@ -358,6 +361,14 @@ class hold:
     def __exit__(self, *_: object) -> None:
         if self._file is not None:
             self._file.close()
+
+
+def preflight(node: Node, base_directory: str) -> None:
+    """The stage's quick look at its input, with the stage's name before what it finds wrong."""
+    try:
+        node.stage.preflight(base_directory)
+    except (SettingsError, FileNotFoundError) as error:
+        raise type(error)(f"stages.{node.name}: {error}") from error
 
 
 def explain(error: BaseException) -> str:

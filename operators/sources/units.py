@@ -45,6 +45,7 @@ _READERS = {
     "text_files": "operators.sources.files:read_text_files",
 }
 _COLUMN_TYPES = {"string": pa.string(), "int64": pa.int64(), "float64": pa.float64(), "bool": pa.bool_()}
+_FILES_CHECKED = 16
 
 
 class ReadSettings(Settings):
@@ -273,6 +274,13 @@ def _plan(read: ReadSettings, base_directory: str) -> Iterator[Unit]:
             yield make(file, kind, cut, identity)
     if small:
         yield together(small)
+
+
+def check_files(read: ReadSettings, base_directory: str) -> None:
+    """Look at the first files before a run starts. Raises FileNotFoundError and SettingsError as `plan_units` would."""
+    for file in find_files(read.patterns(), base_directory, read.format)[:_FILES_CHECKED]:
+        if format_of(file.relative, read) == "parquet":
+            _row_group_cuts(file, read)
 
 
 def _cuts(file: InputFile, kind: str, read: ReadSettings) -> list[tuple[int, int, int]]:

@@ -8,7 +8,7 @@ from pydantic import Field
 
 from operators import registry
 from operators.corpus import run_corpus
-from operators.sources.units import ReadSettings
+from operators.sources.units import ReadSettings, check_files
 from operators.stage import Stage, StageContext
 from operators.supervise import Limits
 
@@ -35,6 +35,9 @@ class CorpusStage(Stage):
         for entry in self.operators:
             name, options = registry.split(entry)
             registry.load(name)(**options)
+
+    def preflight(self, base_directory: str) -> None:
+        check_files(self.read, base_directory)
 
     def input_names(self) -> list[str]:
         return sorted({value[1:] for entry in self.operators for value in _values(entry) if value.startswith("@")})
