@@ -71,10 +71,11 @@ def test_all_training_stages_of_a_recipe_run_in_one_group_and_two_workers_agree_
     assert {"model", "tokenizer"} <= set(base["files"])
     assert steps[-1][:2] == (20, 20)
 
-    tuning = {"steps": 8, "lora": {"rank": 4}, "max_length": 128}
+    tuning = {"steps": 20, "lora": {"rank": 8}, "max_length": 128}
     chat = do("chat", SftStage(model="base", input={"chats": 0.75, "general": 0.25}, learning_rate=1e-2, **tuning))
-    assert chat["stats"]["mixture"]["general"]["samples"] == 16
-    assert chat["stats"]["curve"][-1]["loss"] < chat["stats"]["curve"][0]["loss"]
+    assert chat["stats"]["mixture"]["general"]["samples"] == pytest.approx(40, abs=1)
+    falling = [point["loss"] for point in chat["stats"]["curve"]]
+    assert sum(falling[-4:]) < 0.97 * sum(falling[:4])
     aligned = do("aligned", DpoStage(model="chat", input="pairs", learning_rate=5e-3, **tuning))
     assert aligned["stats"]["curve"][0]["loss"] == pytest.approx(0.693147, abs=1e-5)
     assert aligned["stats"]["curve"][-1]["loss"] < 0.65
