@@ -11,6 +11,7 @@ from pipelines.report import charts
 from pipelines.report.charts import Series
 from pipelines.report.excerpts import translated
 from pipelines.report.figures import Number, number
+from pipelines.report.messages import MESSAGES
 from pipelines.report.view import TRAINING_KINDS, RunView, StageView
 
 _AXES = {"step", "tokens", "samples", "epoch", "seconds", "time"}  # what curves run along, not what they show
@@ -133,7 +134,7 @@ def speed(stage: StageView) -> float | None:
 
 
 def measure_title(measure: str) -> Markup:
-    """`loss` and `learning_rate` have names in both languages; other measures are shown as the trainer calls them."""
-    if measure in _FIRST:
+    """The usual measures have names in both languages; others are shown as the trainer calls them."""
+    if f"training.{measure}" in MESSAGES:
         return translated(f"training.{measure}")
     return Markup("<code>{}</code>").format(measure)
