@@ -204,7 +204,10 @@ def dots(rows: Sequence[tuple[str, Sequence[tuple[str, str, float]]]]) -> Markup
     pieces = []
     last = -100.0
     candidates = [factor * 10.0**power for power in range(math.floor(low), math.ceil(high) + 1) for factor in (1, 2, 5)]
-    for mark in (c for c in candidates if low <= math.log10(c) <= high):
+    marks_inside = [mark for mark in candidates if low <= math.log10(mark) <= high]
+    if len(marks_inside) < 2:  # less than one step of 1-2-5
+        marks_inside = [mark for mark in nice_ticks(10**low, 10**high) if mark > 0 and low <= math.log10(mark) <= high]
+    for mark in marks_inside:
         x = place(mark)
         pieces.append(f'<line class="grid" x1="{x:.2f}" x2="{x:.2f}" y1="4" y2="{height - 22}"/>')
         if x - last > 38:

@@ -13,6 +13,7 @@ from pipelines.report.figures import change
 from pipelines.report.view import StageView
 
 ALL = "*"  # stands for every language or every source in the manifest
+_MOST_ROWS = 8  # of the chart; where there are more, languages alone
 _STEPS = (0.02, 0.05, 0.15, 0.4)  # relative change from which a cell takes the next depth of colour
 
 
@@ -84,9 +85,10 @@ def perplexity_chart(stage: StageView, label_of: Any) -> Markup:
     """The table as dots on a logarithmic axis, one colour a model."""
     names = models(stage)
     rows = []
-    for row in perplexities(stage):
-        if row.lang == ALL:
-            continue
+    found = [row for row in perplexities(stage) if row.lang != ALL]
+    if len(found) > _MOST_ROWS:
+        found = [row for row in found if row.source == ALL] or found
+    for row in found:
         marks = [(name, style(index), cell.perplexity) for index, (name, cell) in enumerate(zip(names, row.cells, strict=True))]
         rows.append((label_of(row), [(name, css, value) for name, css, value in marks if value is not None]))
     return charts.dots(rows)
