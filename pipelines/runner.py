@@ -34,8 +34,9 @@ from pipelines.graph import Node, plan
 from pipelines.progress import Display
 from pipelines.recipe import Recipe
 
-#: Stages of one kind of resource run one after the other, so that they do not fight for the same cores.
-_AT_ONCE = {"cpu": 1, "generate": 1, "train": 1}
+#: Stages of one kind of resource run one after the other, so that they do not fight for the same cores. Two stages may
+#: generate at once: an engine serves both in one batch, which costs hardly more than one.
+_AT_ONCE = {"cpu": 1, "generate": 2, "train": 1}
 
 
 class RunError(RuntimeError):
@@ -262,6 +263,7 @@ class Run:
                         "status": self._status[node.name],
                         "seconds": seconds[node.name],
                         "reused": node.name in self._reused,
+                        "started": self._started.get(node.name),
                     }
                     for node in self.nodes
                 },
