@@ -57,14 +57,14 @@ def connect(address: str | None = None, cpus: int | None = None, object_store_by
         else:
             memory = psutil.virtual_memory().total
             store = object_store_bytes or min(_MOST_OBJECT_STORE_BYTES, max(_LEAST_OBJECT_STORE_BYTES, memory // 5))
-            _start_local(cpus or max(4, 2 * (os.cpu_count() or 1)), store)
+            start_local(cpus or max(4, 2 * (os.cpu_count() or 1)), store)
         _connected_here = True
     resources = ray.cluster_resources()
     gcs = ray.get_runtime_context().gcs_address
     return Connection(gcs, resources.get("CPU", 0.0), resources.get("GPU", 0.0), _connected_here and address is None)
 
 
-def _start_local(cpus: int, object_store_bytes: int) -> None:
+def start_local(cpus: int, object_store_bytes: int) -> None:
     """`ray.init`, tried again where a busy machine takes longer than the 30 seconds that Ray allows its own servers."""
     import ray
 

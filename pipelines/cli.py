@@ -6,6 +6,7 @@ Exit codes: 0 done, 1 a stage failed, 2 wrong usage or recipe or input, 130 stop
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import shlex
 import signal
@@ -36,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from pipelines.runner import explain
 
         _ERR.print(f"error: {explain(error)}", markup=False)
-        return 2
+        return 1 if error.errno == errno.ENOSPC else 2
     except KeyboardInterrupt:
         return 130
 

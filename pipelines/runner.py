@@ -214,7 +214,10 @@ class Run:
             self.display.stage(node.name, f"done in {seconds:.0f} s: {account(node.directory)}")
         elif status == "failed":
             self.display.stage(node.name, f"FAILED: {message}")
-        self._record()
+        try:
+            self._record()
+        except OSError as error:  # the stage's own account stands; a disk that stays full is told at the end of the run
+            self.display.line(f"run.json could not be written: {explain(error)}")
 
     def _context(self, node: Node) -> StageContext:
         by_name = {other.name: other for other in self.nodes}

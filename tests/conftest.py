@@ -13,11 +13,13 @@ ROOT = Path(__file__).resolve().parent.parent
 @pytest.fixture(scope="session")
 def ray_cluster() -> Iterator[None]:
     """A local Ray of four logical CPUs, without dashboard, shut down at the end of the session."""
-    from cluster.connect import connect, disconnect
+    import ray
 
-    connect(cpus=4, object_store_bytes=256 << 20)
+    from cluster.connect import start_local
+
+    start_local(4, 256 << 20)
     yield
-    disconnect()
+    ray.shutdown()
 
 
 @pytest.fixture(scope="session")

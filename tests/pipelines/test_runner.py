@@ -73,6 +73,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return parquet(directory)
 
 
+@pytest.mark.slow
 def test_kill_of_the_driver_then_the_same_command_gives_the_same_bytes(tmp_path: Path, undisturbed: dict[str, str]) -> None:
     write_recipe(tmp_path, wait_s=0.4)
     for moment in ("toy/a/*/units/*1.json", "toy/b/*/units/*2.json", "toy/b/*/manifest.json"):

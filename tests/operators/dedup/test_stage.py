@@ -181,6 +181,7 @@ DedupStage(input="web", **json.loads(options)).run(context)
 """
 
 
+@pytest.mark.slow
 def test_after_a_kill_the_stage_goes_on_and_ends_with_the_same_bytes(tmp_path: Path) -> None:
     source = write_corpus(tmp_path, "web", documents(20), 5)
     undisturbed = run_stage(tmp_path, "calm", {"web": source}, partitions=6, **OPTIONS)

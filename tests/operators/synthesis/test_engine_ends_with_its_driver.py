@@ -26,7 +26,8 @@ time.sleep(600)
 """
 
 
-@pytest.mark.parametrize("moment", ["loading", pytest.param("loaded", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", ["loading", "loaded"])
 def test_nothing_outlives_a_killed_driver(model_cache: Path, moment: str) -> None:
     driver = subprocess.Popen([sys.executable, "-c", _DRIVER, str(model_cache), moment], stdout=subprocess.PIPE, cwd=ROOT)
     assert driver.stdout is not None

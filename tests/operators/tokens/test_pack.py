@@ -217,6 +217,7 @@ pack_stage(ctx, [source], TokenizerFiles.load(tokenizer), length=64, window_docu
 """
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("ray_cluster")
 def test_a_killed_pack_goes_on_and_ends_with_the_same_bytes(tmp_path: Path, tokenizer: TokenizerFiles) -> None:
     place = tmp_path / "tokenizer"
