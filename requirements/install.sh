@@ -19,7 +19,7 @@ python=${PYTHON:-python3}
 "$python" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))' || {
     echo "requirements/install.sh: needs Python 3.11 or 3.12; set PYTHON=/path/to/python3.11" >&2; exit 2; }
 [ -x .venv/bin/python ] || "$python" -m venv .venv
-.venv/bin/python -m pip install --quiet --disable-pip-version-check 'uv>=0.9'
+.venv/bin/python -m pip install -qq --disable-pip-version-check 'uv>=0.9'
 
 links=()
 for folder in ${DANLU_WHEELS:-$(.venv/bin/python -m pip config get global.find-links 2>/dev/null || true) ${PIP_FIND_LINKS:-}}; do
