@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import difflib
+import importlib
 from typing import Any, TypeVar
 
 import pydantic
 
 S = TypeVar("S", bound="Settings")
+C = TypeVar("C")
 
 
 class SettingsError(ValueError):
@@ -24,6 +26,18 @@ def nearest(name: str, valid: list[str]) -> str:
     """`; did you mean 'x'?` or the list of valid names, ready to be appended to a message."""
     close = difflib.get_close_matches(name, valid, n=1, cutoff=0.5)
     return f"; did you mean {close[0]!r}?" if close else f"; valid: {', '.join(sorted(valid))}"
+
+
+def import_class(path: str, base: type[C], what: str) -> type[C]:
+    """The class at `package.module:Class`. Raises SettingsError, beginning with `what`, when it is none or no `base`."""
+    module, _, attribute = path.partition(":")
+    try:
+        found = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise SettingsError(f"{what} cannot be imported: {error}") from error
+    if not (isinstance(found, type) and issubclass(found, base)):
+        raise SettingsError(f"{what} is no subclass of {base.__module__}.{base.__qualname__}")
+    return found
 
 
 def parse(model: type[S], values: Any, where: str) -> S:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
 from typing import Any
 
-from operators.config import SettingsError, nearest
+from operators.config import SettingsError, import_class, nearest
 from operators.operator import Operator
 
 OPERATORS: dict[str, str] = {
@@ -31,14 +30,7 @@ def load(name: str) -> type[Operator]:
     path = OPERATORS.get(name, name)
     if ":" not in path:
         raise SettingsError(f"unknown operator {name!r}{nearest(name, list(OPERATORS))} (or an import path 'package.module:Class')")
-    module_name, _, attribute = path.partition(":")
-    try:
-        found = getattr(importlib.import_module(module_name), attribute)
-    except (ImportError, AttributeError) as error:
-        raise SettingsError(f"operator {name!r} cannot be imported: {error}") from error
-    if not (isinstance(found, type) and issubclass(found, Operator)):
-        raise SettingsError(f"operator {name!r} is no subclass of operators.operator.Operator")
-    return found
+    return import_class(path, Operator, f"operator {name!r}")
 
 
 def build(entry: str | dict[str, Any]) -> Operator:

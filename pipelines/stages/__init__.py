@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
-
-from operators.config import SettingsError, nearest
+from operators.config import SettingsError, import_class, nearest
 from operators.stage import Stage
 
 STAGES: dict[str, str] = {
@@ -29,11 +27,4 @@ def load(kind: str) -> type[Stage]:
     path = STAGES.get(kind, kind)
     if ":" not in path:
         raise SettingsError(f"unknown stage kind {kind!r}{nearest(kind, list(STAGES))}")
-    module, _, attribute = path.partition(":")
-    try:
-        found = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        raise SettingsError(f"stage kind {kind!r} cannot be imported: {error}") from error
-    if not (isinstance(found, type) and issubclass(found, Stage)):
-        raise SettingsError(f"stage kind {kind!r} is no subclass of operators.stage.Stage")
-    return found
+    return import_class(path, Stage, f"stage kind {kind!r}")
