@@ -13,7 +13,7 @@ from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from cluster import storage
 from operators.tokens import holdout
-from train import finetune, models, samples
+from train import finetune, models
 from train.finetune import ArrowSpool, Examples, Follow, PlannedTrainer
 from train.parallel import Workers
 from train.settings import DpoJob
@@ -41,9 +41,8 @@ def run(job: DpoJob, directory: str, workers: Workers) -> dict[str, Any]:
     returns the result on file. Raises JobCancelled, ValueError for inputs without a usable pair.
     """
     root = storage.join(directory, "checkpoints")
-    finished = workers.share(samples.read_result(directory) if workers.first else None)
+    finished = finetune.finished(directory, root, workers)
     if finished is not None:
-        workers.on_first(lambda: storage.delete(root))
         return finished
 
     def prepare() -> tuple[Any, ...]:
@@ -80,18 +79,7 @@ def run(job: DpoJob, directory: str, workers: Workers) -> dict[str, Any]:
         callbacks=[follow],
         peft_config=finetune.adapter_config(job.lora),
     )
-    trainer.job, trainer.order = job, finetune.planned_order(examples, mixture, job)
-    finetune.train(trainer, follow, root, workers)
-
-    def write() -> dict[str, Any]:
-        result = finetune.outcome(job, examples, mixture, follow, trainer.model, workers)
-        finetune.export(trainer.model, tokenizer, directory, generation)
-        samples.write(directory, samples.finetuning(mixture, examples.ids, job.steps, job.batch_examples))
-        return samples.write_result(directory, result)
-
-    result = workers.share(workers.on_first(write))
-    workers.on_first(lambda: storage.delete(root))
-    return result
+    return finetune.complete(trainer, follow, job, examples, mixture, generation, directory, root, workers)
 
 
 def encode(job: DpoJob, tokenizer: PreTrainedTokenizerBase) -> Examples:

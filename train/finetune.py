@@ -276,6 +276,40 @@ def adapter_config(lora: LoraSettings | None) -> LoraConfig | None:
     )  # fmt: skip
 
 
+def finished(directory: str, root: str, workers: Workers) -> dict[str, Any] | None:
+    """The result on file of a run that ended before, for every worker; its checkpoints below `root` are not needed then."""
+    result = workers.share(samples.read_result(directory) if workers.first else None)
+    if result is not None:
+        workers.on_first(lambda: storage.delete(root))
+    return result
+
+
+def complete(
+    trainer: Any,
+    follow: Follow,
+    job: FinetuneJob,
+    examples: Examples,
+    mixture: Mixture,
+    generation: GenerationConfig,
+    directory: str,
+    root: str,
+    workers: Workers,
+) -> dict[str, Any]:
+    """Train in the planned order, export, write samples and result, then clear the checkpoints. Raises as `train` does."""
+    trainer.job, trainer.order = job, planned_order(examples, mixture, job)
+    train(trainer, follow, root, workers)
+
+    def write() -> dict[str, Any]:
+        result = outcome(job, examples, mixture, follow, trainer.model, workers)
+        export(trainer.model, trainer.processing_class, directory, generation)
+        samples.write(directory, samples.finetuning(mixture, examples.ids, job.steps, job.batch_examples))
+        return samples.write_result(directory, result)
+
+    result = workers.share(workers.on_first(write))
+    workers.on_first(lambda: storage.delete(root))
+    return dict(result)
+
+
 def train(trainer: Any, follow: Follow, root: str, workers: Workers) -> None:
     """Run a TRL trainer from its newest whole checkpoint to the end. Raises JobCancelled when the user stopped it."""
     trainer.remove_callback(PrinterCallback)
