@@ -112,10 +112,8 @@ def interleave(sides: Mapping[str, Callable[[], Usage]], rounds: int) -> dict[st
         for name in names if number % 2 == 0 else reversed(names):
             usage = sides[name]()
             found[name].append(usage)
-            print(
-                f"round {number + 1}/{rounds} {name}: {usage.cpu_s:.2f} CPU s, {usage.wall_s:.2f} s, {usage.peak_bytes / 1e6:.0f} MB",
-                file=sys.stderr,
-            )
+            cost = f"{usage.cpu_s:.2f} CPU s, {usage.wall_s:.2f} s, {usage.peak_bytes / 1e6:.0f} MB"
+            print(f"round {number + 1}/{rounds} {name}: {cost}", file=sys.stderr)
     return found
 
 
@@ -124,7 +122,7 @@ def median_cpu(usages: Sequence[Usage]) -> float:
 
 
 def publish(name: str, ratio: Mapping[str, float], figures: Mapping[str, Any], *, data: str, quick: bool) -> None:
-    """Write benchmarks/results/<name>.json (not for a quick run) and print the one JSON line that ends a benchmark.
+    """Write benchmarks/results/<last part of name>.json (not for a quick run) and print the one JSON line that ends a benchmark.
 
     `name` is `area.name`; `ratio` maps `vs_<peer>` to ours over theirs, larger is better; `data` says what was measured on.
     """
@@ -136,7 +134,7 @@ def publish(name: str, ratio: Mapping[str, float], figures: Mapping[str, Any], *
     if not quick:
         RESULTS.mkdir(exist_ok=True)
         result = {**line, "command": f"python -m benchmarks.{name}", "data": data, "versions": _versions(), "machine": _machine()}
-        path = RESULTS / f"{name}.json"
+        path = RESULTS / f"{name.split('.')[-1]}.json"
         path.write_text(json.dumps(result, indent=1, ensure_ascii=False, sort_keys=True) + "\n", "utf-8")
     print(json.dumps(line, ensure_ascii=False))
 
