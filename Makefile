@@ -2,7 +2,7 @@
 DEVICE ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && echo gpu || echo cpu)
 VENV := .venv/bin
 
-.PHONY: quickstart test test-slow lint setup lock clean
+.PHONY: quickstart test test-slow lint setup lock peers bench clean
 
 setup:
 	@bash requirements/install.sh $(DEVICE)
@@ -20,6 +20,14 @@ lint: setup
 	@$(VENV)/ruff check .
 	@$(VENV)/ruff format --check .
 	@$(VENV)/mypy
+
+# Environments of the tools that benchmarks compare with, under .peers/ (never part of the project).
+peers: setup
+	@bash requirements/peers.sh
+
+# The table of measured results, each ratio beside its goal.
+bench: setup
+	@$(VENV)/python -m benchmarks.table
 
 # Writes the hashed requirement lists again after pyproject.toml changed.
 lock:
