@@ -4,7 +4,7 @@
 #
 # usage: requirements/peers.sh [NAME ...]     (default: all)
 #
-# NAME.txt is installed with its dependencies; a line `# no-deps` in it means: exactly the list.
+# A line `# no-deps: PACKAGE==VERSION` in NAME.txt is installed without its dependencies, everything else with them.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 [ -x .venv/bin/uv ] || { echo "requirements/peers.sh: run make setup first" >&2; exit 2; }
@@ -30,8 +30,12 @@ for name in "${names[@]}"; do
     if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$wanted" ]; then continue; fi
     echo "installing the peer $name into .peers/$name"
     [ -x ".peers/$name/bin/python" ] || .venv/bin/uv venv --quiet --python .venv/bin/python ".peers/$name"
-    options=(--quiet --python ".peers/$name/bin/python" "${links[@]}" -r "$list")
-    if grep -q '^# no-deps' "$list"; then options+=(--no-deps); fi
-    if .venv/bin/uv pip install "${options[@]}"; then echo "$wanted" > "$stamp"; else failed+=("$name"); fi
+    install=(.venv/bin/uv pip install --quiet --python ".peers/$name/bin/python" "${links[@]}")
+    mapfile -t alone < <(sed -n 's/^# no-deps: *//p' "$list")
+    if "${install[@]}" -r "$list" && { [ ${#alone[@]} -eq 0 ] || "${install[@]}" --no-deps "${alone[@]}"; }; then
+        echo "$wanted" > "$stamp"
+    else
+        failed+=("$name")
+    fi
 done
 if [ ${#failed[@]} -gt 0 ]; then echo "requirements/peers.sh: not installed: ${failed[*]}" >&2; exit 1; fi
