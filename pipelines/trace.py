@@ -102,10 +102,14 @@ def _rejected(name: str, directory: str, manifest: shards.Manifest, row_id: str)
 def _removed(name: str, directory: str, manifest: shards.Manifest, row_id: str) -> list[Event]:
     tables = manifest.files.get("removed") or []
     events = []
-    columns = ["id", "reason", "match_id", "kept_id", "similarity"]
+    columns = ["id", "reason", "match_id", "kept_id", "similarity", "value"]
     for table in [tables] if isinstance(tables, str) else tables:
         path = storage.join(directory, table)
         for _, values in _matches(path, columns, "id", row_id):
+            if "match_id" not in values:  # left out by choice, not as a duplicate
+                measured = "" if values.get("value") is None else f" (score {values['value']:.4g})"
+                events.append(Event(name, "removed", f"{values['reason']}{measured}"))
+                continue
             close = "" if values.get("similarity") is None else f", similarity {values['similarity']:.3f}"
             detail = f"{values['reason']}: matches {values['match_id']}, kept instead: {values['kept_id']}{close}"
             events.append(Event(name, "removed", detail))

@@ -9,6 +9,8 @@ STAGES: dict[str, str] = {
     "corpus": "pipelines.stages.corpus:CorpusStage",
     "quality_classifier": "pipelines.stages.quality:QualityClassifierStage",
     "dedup": "pipelines.stages.dedup:DedupStage",
+    "select": "pipelines.stages.sampling:SelectStage",
+    "mix": "pipelines.stages.sampling:MixStage",
     "tokenizer": "pipelines.stages.tokens:TokenizerStage",
     "pack": "pipelines.stages.tokens:PackStage",
     "conversations": "pipelines.stages.synthesis:ConversationsStage",
