@@ -23,12 +23,13 @@ if TYPE_CHECKING:
 class Verdict:
     """All rows of the input in their order, with changed or added columns; `reason` is null where the row is kept.
 
-    `value` is the measured number that decided (null where there is none).
+    `value` is the measured number that decided (null where there is none). `scores` is what a filter measured.
     """
 
     table: pa.Table
     reason: pa.Array | None = None  # string[rows]
     value: pa.Array | None = None  # float64[rows]
+    scores: dict[str, pa.Array] | None = None
 
     def kept(self) -> pa.Table:
         if self.reason is None or self.reason.null_count == len(self.reason):
@@ -72,19 +73,35 @@ class Operator:
 class Filter(Operator):
     """An operator in two pure functions: `measure` makes columns of scores, `decide` turns scores into reasons.
 
-    Decisions can be replayed with other thresholds from stored scores without measuring again.
+    Decisions can be replayed with other thresholds from stored scores without measuring again (`danlu decide`). For that,
+    `reads` names the columns besides its scores that `decide` looks at, and `decide_options` the options that `measure`
+    does not depend on. Scores named in `adds` become columns of the table.
     """
 
     uses_analysis: ClassVar[bool] = True
+    reads: tuple[str, ...] = ("lang",)
+    decide_options: ClassVar[frozenset[str]] = frozenset({"thresholds"})
 
     def measure(self, table: pa.Table, analysis: Analysis | None = None) -> dict[str, pa.Array]:
         """Score columns, one value a row."""
         raise NotImplementedError
 
     def decide(self, table: pa.Table, scores: dict[str, pa.Array]) -> tuple[pa.Array, pa.Array]:
-        """(reason string[rows], null = keep; value float64[rows]). `table` gives columns such as `lang`, never the text."""
+        """(reason string[rows], null = keep; value float64[rows]). `table` has the columns of `reads` that there are."""
         raise NotImplementedError
 
+    def measured_as(self) -> dict[str, Any]:
+        """What the scores depend on. Scores of one configuration serve another if all of its entries are equal there."""
+        return dict(self.config.model_dump(mode="json", exclude=set(self.decide_options)))
+
+    def annotate(self, table: pa.Table, scores: dict[str, pa.Array]) -> pa.Table:
+        """The table with the scores named in `adds` as columns: replaced in their place, or at the end."""
+        for name in self.adds:
+            place = table.schema.get_field_index(name)
+            table = table.append_column(name, scores[name]) if place < 0 else table.set_column(place, name, scores[name])
+        return table
+
     def process(self, table: pa.Table, analysis: Analysis | None = None) -> Verdict:
-        reason, value = self.decide(table, self.measure(table, analysis))
-        return Verdict(table, reason, value)
+        scores = self.measure(table, analysis)
+        reason, value = self.decide(table, scores)
+        return Verdict(self.annotate(table, scores), reason, value, scores)

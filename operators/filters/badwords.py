@@ -49,6 +49,8 @@ class BadWords(Filter):
 
     name: ClassVar[str] = "bad_words"
     settings = BadWordsSettings
+    reads = ()
+    decide_options = frozenset({"max_fraction", "max_count"})
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)

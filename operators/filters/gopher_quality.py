@@ -8,7 +8,7 @@ stop-word rule, so that no language is emptied by the rules of another; `thresho
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numba
 import numpy as np
@@ -85,6 +85,9 @@ class GopherQuality(Filter):
 
     name: ClassVar[str] = "gopher_quality"
     settings = GopherQualitySettings
+
+    def measured_as(self) -> dict[str, Any]:
+        return {f"stop_words of {code}": listed for code, listed in self._stop_words().items()}
 
     def _stop_words(self) -> dict[str, tuple[str, ...]]:
         """The lists to count: one for each language that has a list of its own."""

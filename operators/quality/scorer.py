@@ -11,11 +11,10 @@ from pydantic import Field
 
 from operators.config import Settings
 from operators.filters.thresholds import base_language, languages
-from operators.operator import Filter, Verdict
+from operators.operator import Filter
 from operators.quality.classifier import GOOD, normalise
 from operators.text import fasttext_model
 from operators.text.analysis import Analysis
-from operators.text.language import set_column
 
 
 class ScoreQualitySettings(Settings):
@@ -36,6 +35,7 @@ class ScoreQuality(Filter):
     name: ClassVar[str] = "score_quality"
     settings = ScoreQualitySettings
     adds = ("quality",)
+    decide_options = frozenset({"minimum"})
 
     def files(self) -> list[str]:
         return [self.config.model]
@@ -67,8 +67,3 @@ class ScoreQuality(Filter):
         low = quality < limit
         reason = pc.if_else(pa.array(low), "low_quality", pa.scalar(None, pa.string()))
         return reason, pa.array(quality, pa.float64(), mask=~low)
-
-    def process(self, table: pa.Table, analysis: Analysis | None = None) -> Verdict:
-        scores = self.measure(table, analysis)
-        reason, value = self.decide(table, scores)
-        return Verdict(set_column(table, "quality", scores["quality"]), reason, value)

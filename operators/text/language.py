@@ -23,7 +23,7 @@ from pydantic import Field
 
 from operators.config import Settings
 from operators.filters.thresholds import analysis_of
-from operators.operator import Filter, Verdict
+from operators.operator import Filter
 from operators.text import characters, fasttext_model
 from operators.text.analysis import Analysis
 from operators.text.characters import ALPHA
@@ -51,6 +51,8 @@ class DetectLanguage(Filter):
     name: ClassVar[str] = "detect_language"
     settings = DetectLanguageSettings
     adds = ("lang", "lang_score")
+    reads = ()
+    decide_options = frozenset({"keep", "threshold"})
 
     def files(self) -> list[str]:
         return [self.config.model or fasttext_model.packaged_language_model()]
@@ -80,13 +82,6 @@ class DetectLanguage(Filter):
         foreign: Any = pc.equal(lang, UNDETERMINED) if self.config.keep is None else _not_in(lang, self.config.keep)
         reason = pc.if_else(foreign, "language", pc.if_else(low, "low_score", pa.scalar(None, pa.string())))
         return reason, pc.if_else(pc.is_valid(reason), pa.array(value), pa.scalar(None, pa.float64()))
-
-    def process(self, table: pa.Table, analysis: Analysis | None = None) -> Verdict:
-        scores = self.measure(table, analysis)
-        reason, value = self.decide(table, scores)
-        for column, values in scores.items():
-            table = set_column(table, column, values)
-        return Verdict(table, reason, value)
 
 
 def _best(labels: list[str], scores: np.ndarray, han_without_kana: bool) -> tuple[str, float]:
