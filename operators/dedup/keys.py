@@ -9,10 +9,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from operators.dedup.bands import band_hashes, sketch
+from operators.dedup.definitions import by_unit, plain_table
 from operators.dedup.exact import content_hashes
 from operators.dedup.options import DedupOptions, ShingleOptions
 from operators.dedup.reference import sign_with_datasketch
 from operators.dedup.signatures import Signatures, shingle_sets, sign
+
+EMPTY = np.uint32(0xFFFFFFFF)  # every value of the signature of a document without shingles
 
 KINDS = {"exact": 3, "bands": 2, "ids": 2}
 """Kinds of key records and the uint64 values of each: content hash (2) + ordinal; band hash + ordinal; id hash + ordinal."""
@@ -68,10 +71,20 @@ def scores(batch: pa.RecordBatch | pa.Table, options: DedupOptions) -> np.ndarra
 
 def document_shingles(batch: pa.RecordBatch | pa.Table, options: ShingleOptions) -> tuple[np.ndarray, np.ndarray]:
     """Sorted shingle sets of a batch: (hashes uint64, offsets int64[rows + 1])."""
-    langs = _langs(batch, options)
-    return shingle_sets(
-        batch.column(options.column), options.words, options.characters, options.unit, langs, options.digits == "keep"
-    )
+    texts, langs, sizes, keep = batch.column(options.column), _langs(batch, options), _sizes(options), options.digits == "keep"
+    if options.normalisation == "folded":
+        return shingle_sets(texts, *sizes, options.unit, langs, keep)
+    counts, found = np.zeros(len(texts), np.int64), []
+    for unit, rows, some in by_unit(texts, langs, options.unit):
+        hashes, offsets = shingle_sets(some, *sizes, unit, None, keep, plain_table(unit))
+        counts[rows] = np.diff(offsets)
+        found.append((rows, hashes, offsets))
+    ends = np.zeros(len(texts) + 1, np.int64)
+    np.cumsum(counts, out=ends[1:])
+    joined = np.empty(int(ends[-1]), np.uint64)
+    for rows, hashes, offsets in found:
+        joined[np.repeat(ends[rows] - offsets[:-1], np.diff(offsets)) + np.arange(len(hashes))] = hashes
+    return joined, ends
 
 
 def partition_of(records: np.ndarray, partitions: int) -> np.ndarray:
@@ -95,7 +108,16 @@ def _langs(batch: pa.RecordBatch | pa.Table, options: ShingleOptions) -> pa.Arra
 
 def _signatures(batch: pa.RecordBatch | pa.Table, options: DedupOptions) -> Signatures:
     make = sign if options.backend == "kernel" else sign_with_datasketch
-    return make(
-        batch.column(options.column), options.permutations, options.seed, options.words, options.characters, options.unit,
-        _langs(batch, options), options.digits == "keep", options.signature,
-    )  # fmt: skip
+    texts, langs, keep = batch.column(options.column), _langs(batch, options), options.digits == "keep"
+    shape = (options.permutations, options.seed, *_sizes(options))
+    if options.normalisation == "folded":
+        return make(texts, *shape, options.unit, langs, keep, options.signature)
+    found = Signatures(np.full((len(texts), options.permutations), EMPTY, np.uint32), np.zeros(len(texts), np.bool_))
+    for unit, rows, some in by_unit(texts, langs, options.unit):
+        piece = make(some, *shape, unit, None, keep, options.signature, plain_table(unit))
+        found.values[rows], found.signed[rows] = piece.values, piece.signed
+    return found
+
+
+def _sizes(options: ShingleOptions) -> tuple[int, int]:
+    return options.words, options.characters

@@ -218,10 +218,10 @@ def text_buffers(texts: pa.Array | pa.ChunkedArray) -> tuple[np.ndarray, np.ndar
     return data, offsets.astype(np.int64)
 
 
-def compose(texts: pa.Array | pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray]:
+def compose(texts: pa.Array | pa.ChunkedArray, table: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
     """`text_buffers` with NFC applied to the rows that need it (few: loose jamo, Indic vowels in pieces)."""
     data, offsets = text_buffers(texts)
-    loose = _needs_nfc(data, offsets, code_table())
+    loose = _needs_nfc(data, offsets, code_table() if table is None else table)
     if not loose.any():
         return data, offsets
     mask = pa.array(loose)
@@ -231,10 +231,11 @@ def compose(texts: pa.Array | pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray]:
     return text_buffers(pc.replace_with_mask(filled, mask, pc.utf8_normalize(filled.filter(mask), "NFC")))
 
 
-def normalised_tokens(text: str, unit: int = AUTO, keep_digits: bool = False) -> list[str]:
+def normalised_tokens(text: str, unit: int = AUTO, keep_digits: bool = False, table: np.ndarray | None = None) -> list[str]:
     """The tokens of one text as strings, for tests and explanations."""
-    data, offsets = compose(pa.array([text], pa.large_string()))
+    table = code_table() if table is None else table
+    data, offsets = compose(pa.array([text], pa.large_string()), table)
     codes, tokens = np.zeros(int(offsets[1]), np.uint32), np.zeros(int(offsets[1]), np.int64)
-    n_codes, n_tokens = normalise_row(data, 0, int(offsets[1]), code_table(), unit, keep_digits, codes, tokens)
+    n_codes, n_tokens = normalise_row(data, 0, int(offsets[1]), table, unit, keep_digits, codes, tokens)
     edges = [*tokens[:n_tokens].tolist(), n_codes]
     return ["".join(map(chr, codes[a:b].tolist())) for a, b in itertools.pairwise(edges)]

@@ -27,6 +27,11 @@ class ShingleOptions(Settings):
         None, description="column of language tags that decides the unit instead (null or und: as `shingles` says)"
     )
     digits: Literal["fold", "keep"] = Field("fold", description="fold: every run of digits counts as one 0")
+    normalisation: Literal["folded", "plain"] = Field(
+        "folded",
+        description="folded: without accents and punctuation (FineWeb's definition); plain: lower case only, words are runs of "
+        "letters, digits and _, characters are all but whitespace",
+    )
 
     @property
     def unit(self) -> int:

@@ -27,10 +27,12 @@ def shingle_hash32(shingle: bytes) -> int:
     return (combined ^ (combined >> 32)) & 0xFFFFFFFF
 
 
-def shingles(text: str, words: int = 5, characters: int = 5, unit: int = AUTO, keep_digits: bool = False) -> list[tuple[str, ...]]:
+def shingles(
+    text: str, words: int = 5, characters: int = 5, unit: int = AUTO, keep_digits: bool = False, table: np.ndarray | None = None
+) -> list[tuple[str, ...]]:
     """The shingles of a text in order, each a tuple of its tokens."""
     unit = resolve_unit(text, unit)
-    tokens, n = normalised_tokens(text, unit, keep_digits), characters if unit == CHARACTERS else words
+    tokens, n = normalised_tokens(text, unit, keep_digits, table), characters if unit == CHARACTERS else words
     return [tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1)]
 
 
@@ -52,6 +54,7 @@ def sign_with_datasketch(
     langs: pa.Array | pa.ChunkedArray | None = None,
     keep_digits: bool = False,
     hashing: str = "fast",
+    table: np.ndarray | None = None,
 ) -> Signatures:
     """What `signatures.sign` returns, computed by `datasketch.MinHash`."""
     import datasketch  # brings scipy: only for those who choose this back end
@@ -61,7 +64,7 @@ def sign_with_datasketch(
     empty = datasketch.MinHash(count, seed)
     for row, text in enumerate(texts.to_pylist()):
         resolved = resolve_unit(text or "", int(units[row]))
-        found = shingles(text or "", words, characters, resolved, keep_digits)
+        found = shingles(text or "", words, characters, resolved, keep_digits, table)
         if not found:
             continue
         if hashing == "fast":

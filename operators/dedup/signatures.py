@@ -88,17 +88,22 @@ def sign(
     langs: pa.Array | pa.ChunkedArray | None = None,
     keep_digits: bool = False,
     hashing: str = "fast",
+    table: np.ndarray | None = None,
 ) -> Signatures:
-    """Sign every text of a column. `hashing` is `fast` or `datasketch` (see the module); raises ValueError for another."""
+    """Sign every text of a column. `hashing` is `fast` or `datasketch` (see the module); raises ValueError for another.
+
+    `table` is another code table than `normalise.code_table()` (see `definitions`); units must then be decided.
+    """
     if hashing not in ("fast", "datasketch"):
         raise ValueError(f"unknown shingle hash {hashing!r}: it is 'fast' or 'datasketch'")
-    data, offsets = compose(texts)
+    table = code_table() if table is None else table
+    data, offsets = compose(texts, table)
     rows = len(offsets) - 1
     values = np.full((rows, count), _EMPTY, np.uint32)
     signed = np.zeros(rows, np.bool_)
     a, b = permutations(count, seed)
     kernel = _sign_fast if hashing == "fast" else _sign_sha1
-    kernel(data, offsets, code_table(), units_of(langs, rows, unit), words, characters, keep_digits, a, b, values, signed)
+    kernel(data, offsets, table, units_of(langs, rows, unit), words, characters, keep_digits, a, b, values, signed)
     return Signatures(values, signed)
 
 
@@ -295,15 +300,17 @@ def shingle_sets(
     unit: int = AUTO,
     langs: pa.Array | pa.ChunkedArray | None = None,
     keep_digits: bool = False,
+    table: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The set of 64-bit shingle hashes of each text, sorted: (hashes uint64, offsets int64[rows + 1])."""
-    data, offsets = compose(texts)
+    """The set of 64-bit shingle hashes of each text, sorted: (hashes uint64, offsets int64[rows + 1]). `table` as in `sign`."""
+    table = code_table() if table is None else table
+    data, offsets = compose(texts, table)
     rows = len(offsets) - 1
     counts, units = np.zeros(rows, np.int64), units_of(langs, rows, unit)
-    _collect(data, offsets, code_table(), units, words, characters, keep_digits, counts, np.empty(0, np.uint64))
+    _collect(data, offsets, table, units, words, characters, keep_digits, counts, np.empty(0, np.uint64))
     hashes = np.empty(int(counts.sum()), np.uint64)
     if len(hashes):
-        _collect(data, offsets, code_table(), units, words, characters, keep_digits, counts, hashes)
+        _collect(data, offsets, table, units, words, characters, keep_digits, counts, hashes)
     return _unique_rows(hashes, counts)
 
 
