@@ -29,6 +29,7 @@ class Verdict:
     table: pa.Table
     reason: pa.Array | None = None  # string[rows]
     value: pa.Array | None = None  # float64[rows]
+    detail: pa.Array | None = None  # string[rows]
     scores: dict[str, pa.Array] | None = None
 
     def kept(self) -> pa.Table:
@@ -104,4 +105,4 @@ class Filter(Operator):
     def process(self, table: pa.Table, analysis: Analysis | None = None) -> Verdict:
         scores = self.measure(table, analysis)
         reason, value = self.decide(table, scores)
-        return Verdict(self.annotate(table, scores), reason, value, scores)
+        return Verdict(self.annotate(table, scores), reason, value, scores=scores)
