@@ -41,6 +41,7 @@ def run_units(
     *,
     already: int = 0,
     num_cpus: float = 1,
+    num_gpus: float = 0,
     note: str = "units",
 ) -> None:
     """Run `target` (see operators.supervise) on every unit; returns when all have committed.
@@ -61,6 +62,7 @@ def run_units(
         batch_size=1,
         compute=pool,
         num_cpus=num_cpus,
+        num_gpus=num_gpus,
         fn_constructor_kwargs={"target": target, "limits": limits},
         batch_format="numpy",
     )

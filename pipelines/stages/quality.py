@@ -1,4 +1,4 @@
-"""The `quality_classifier` stage of a recipe."""
+"""The stages of a recipe that learn and give quality scores."""
 
 from __future__ import annotations
 
@@ -14,8 +14,10 @@ from cluster import storage
 from operators.config import parse
 from operators.ledger import Ledger
 from operators.quality.classifier import ClassifierSettings, train_classifier
+from operators.quality.model_scorer import Activation, Scoring, score_stage
 from operators.sources.units import ReadSettings, plan_units, read_unit
 from operators.stage import Stage, StageContext
+from operators.supervise import Limits
 
 _EXAMPLES = 5
 
@@ -66,3 +68,41 @@ class QualityClassifierStage(Stage):
                 texts = batch.table["text"].filter(pc.invert(blank)).to_pylist()
                 ledger.kept += len(texts)
                 yield from texts
+
+
+class ScoreStage(Stage):
+    """Adds a column of scores by a Hugging Face sequence classifier, on a pool of CPU or GPU actors.
+
+    Any classifier directory with safetensors weights will do (a FineWeb-Edu style regressor, a toxicity model). The rows
+    are written again with the new column; `select` then keeps the best share.
+    """
+
+    operational: ClassVar[frozenset[str]] = frozenset({"unit_memory_bytes", "unit_deadline_s"})
+
+    kind: Literal["score"]
+    input: str | list[str] = Field(description="the stages whose kept rows are scored")
+    model: str = Field(description="directory of the classifier (config.json, safetensors, tokenizer)")
+    column: str = Field("quality", pattern=r"^[a-z][a-z0-9_]*$", description="name of the score column")
+    label: str | None = Field(None, description="the label whose score is taken; needed unless the model has one output")
+    activation: Activation = Field("auto", description="auto: softmax, sigmoid for multi-label models, none for one output")
+    max_tokens: int = Field(512, ge=8, description="tokens of each text that are read, from its start")
+    batch_tokens: int = Field(16384, ge=8, description="tokens of a batch, padding included")
+    device: Literal["cpu", "cuda"] = Field("cpu", description="cuda gives each worker one GPU and computes in bfloat16")
+    minimum: float | None = Field(None, description="rows with a lower score are rejected (`low`)")
+    unit_memory_bytes: int = Field(8 << 30, ge=256 << 20, description="resident memory at which a worker's process is ended")
+    unit_deadline_s: float = Field(900, gt=0, description="seconds without progress after which a worker's process is ended")
+
+    def input_names(self) -> list[str]:
+        return [self.input] if isinstance(self.input, str) else list(self.input)
+
+    def files(self) -> list[str]:
+        return [self.model]
+
+    def run(self, context: StageContext) -> None:
+        scoring = Scoring(
+            context.path(self.model), self.column, self.label, self.activation, self.max_tokens, self.batch_tokens,
+            self.device, self.minimum,
+        )  # fmt: skip
+        inputs = [context.inputs[name] for name in self.input_names()]
+        limits = Limits(self.unit_memory_bytes, self.unit_deadline_s)
+        score_stage(context, inputs, scoring, limits, num_gpus=1 if self.device == "cuda" else 0)
