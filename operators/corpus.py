@@ -15,14 +15,20 @@ from operators.chain import Chain, describe
 from operators.config import parse
 from operators.dispatch import run_units
 from operators.ledger import Ledger, merge_stats
+from operators.measures import Measure, placed
 from operators.sources.batches import BadRow
 from operators.sources.units import ReadSettings, Unit, plan_units, read_unit
 from operators.stage import StageContext
-from operators.supervise import Limits, Report, Task
+from operators.supervise import READING, Limits, Report, Task
 
 
 def run_corpus(
-    context: StageContext, read: ReadSettings, operators: list[str | dict[str, Any]], limits: Limits, batch_rows: int
+    context: StageContext,
+    read: ReadSettings,
+    operators: list[str | dict[str, Any]],
+    limits: Limits,
+    batch_rows: int,
+    measure: Measure = "seen",
 ) -> None:
     """Do every unit of the input that is not committed yet, then write the manifest.
 
@@ -31,7 +37,7 @@ def run_corpus(
     """
     units = plan_units(read, context.base_directory, context.limit)
     work = tables.content_hash(
-        [operators, read.model_dump(mode="json", exclude={"path"}), context.config.get("version"), batch_rows]
+        [operators, read.model_dump(mode="json", exclude={"path"}), context.config.get("version"), batch_rows, measure]
     )
     keys = {unit.index: tables.content_hash([unit.key, work]) for unit in units}
     done = shards.committed_units(context.directory)
@@ -44,6 +50,7 @@ def run_corpus(
             "directory": context.directory,
             "key": keys[unit.index],
             "batch_rows": batch_rows,
+            "measure": measure,
         }
         for unit in units
         if unit.index not in done and unit.index not in adopted
@@ -75,8 +82,8 @@ def _adopt(directory: str, wanted: dict[int, str]) -> set[int]:
 
 
 @functools.lru_cache(maxsize=4)
-def _chain(operators: str) -> Chain:
-    return Chain(json.loads(operators))
+def _chain(operators: str, measure: Measure) -> Chain:
+    return Chain(json.loads(operators), measure)
 
 
 def run_unit(task: Task, report: Report) -> dict[str, Any]:
@@ -85,13 +92,17 @@ def run_unit(task: Task, report: Report) -> dict[str, Any]:
     unit, read = Unit.from_json(given["unit"]), parse(ReadSettings, given["read"], "read")
     if task.unreadable is not None:
         return _set_aside_whole(given, unit, task.unreadable)
-    chain = _chain(json.dumps(given["operators"]))
+    chain = _chain(json.dumps(given["operators"]), given["measure"] if task.probe is None else "none")
     writer = shards.UnitWriter(given["directory"], unit.index) if task.probe is None else None
     ledger, stats = Ledger(), dict[str, Any]()
     report.alive()
     aside = np.array(sorted(task.set_aside), np.int64)
+    unread = {row: how.removeprefix(READING) for row, how in task.set_aside.items() if how.startswith(READING)}
     first, last = task.probe or (0, None)
-    for batch in read_unit(unit, read, start_row=first, stop_row=last, batch_rows=given["batch_rows"]):
+    batches = read_unit(
+        unit, read, start_row=first, stop_row=last, batch_rows=given["batch_rows"], crashed=unread, reading=report.reading
+    )
+    for batch in batches:
         report.alive()
         table, rows = batch.table, batch.rows
         guilty = np.isin(rows, aside)
@@ -103,13 +114,21 @@ def run_unit(task: Task, report: Report) -> dict[str, Any]:
             continue
         ledger.rows_in += len(rows) + len(batch.bad)
         if healthy.num_rows:
+            if result.measures is not None:
+                writer.measure(placed(result.measures, ledger.kept, ledger.rejected.total() + ledger.quarantined))
             writer.write(result.kept)
             ledger.kept += result.kept.num_rows
             ledger.rejected.update(result.rejected)
             merge_stats(stats, {"funnel": result.funnel, **describe(result.kept)})
             for rejects in result.rejects:
                 writer.reject(rejects)
-        unhealthy = _unreadable(batch.bad, read) + _crashed(table.filter(pa.array(guilty)), rows[guilty], task.set_aside)
+        unwanted = _unreadable([row for row in batch.bad if row.unwanted], read)
+        if unwanted:
+            ledger.rejected.update(_reasons(unwanted))
+            writer.reject(tables.rejects_table(unwanted))
+        unhealthy = _unreadable([row for row in batch.bad if not row.unwanted], read) + _crashed(
+            table.filter(pa.array(guilty)), rows[guilty], task.set_aside
+        )
         if unhealthy:
             ledger.quarantined += len(unhealthy)
             writer.reject(tables.rejects_table(unhealthy))
@@ -144,7 +163,7 @@ def _unreadable(bad: list[BadRow], read: ReadSettings) -> list[dict[str, Any]]:
             "operator": "read",
             "reason": row.reason,
             "detail": f"{row.where}: {row.detail}",
-            "quarantined": True,
+            "quarantined": not row.unwanted,
         }
         for row in bad
     ]

@@ -31,6 +31,9 @@ from operators.config import SettingsError
 
 _POLL_S = 0.1
 
+READING = "while reading: "
+"""How the failure of a row begins in `Task.set_aside` when its reader failed, not the work on what was read."""
+
 
 class UnitError(RuntimeError):
     """A unit that cannot be done and is no single row's fault; the message says what to do."""
@@ -68,6 +71,15 @@ class Report:
         """Around the work on rows [start, stop) of the unit."""
         self.current = (start, stop)
         self._send({"rows": [start, stop]})
+        yield
+        self.current = None
+        self._send({"rows": None})
+
+    @contextlib.contextmanager
+    def reading(self, row: int) -> Iterator[None]:
+        """Around the reading of one row by a library that may crash or hang on it, so that the row alone is set aside."""
+        self.current = (row, row + 1)
+        self._send({"rows": [row, row + 1], "reading": True})
         yield
         self.current = None
         self._send({"rows": None})
@@ -171,6 +183,7 @@ class Supervisor:
         except BrokenPipeError:
             return self._ended(child, None, "")
         rows: tuple[int, int] | None = None
+        phase = ""
         heard = time.monotonic()
         while True:
             line, open_pipe = self._read_line(child)
@@ -179,17 +192,20 @@ class Supervisor:
                 answer = json.loads(line)
                 if "rows" in answer:
                     rows = tuple(answer["rows"]) if answer["rows"] else None
+                    phase = READING if answer.get("reading") else ""
                 elif "result" in answer:
                     return Attempt(result=answer["result"])
                 else:
-                    return Attempt(how=answer["error"], detail=answer["detail"], rows=rows, fatal=answer["fatal"] or rows is None)
+                    return Attempt(
+                        how=phase + answer["error"], detail=answer["detail"], rows=rows, fatal=answer["fatal"] or rows is None
+                    )
                 continue
             if not open_pipe:
-                return self._ended(child, rows, "")
+                return self._ended(child, rows, "", phase)
             if time.monotonic() - heard > self._limits.deadline_s:
-                return self._ended(child, rows, f"no progress for {self._limits.deadline_s:.0f} s")
+                return self._ended(child, rows, f"no progress for {self._limits.deadline_s:.0f} s", phase)
             if _resident(child.pid) > self._limits.memory_bytes:
-                return self._ended(child, rows, f"memory above {self._limits.memory_bytes >> 20} MiB")
+                return self._ended(child, rows, f"memory above {self._limits.memory_bytes >> 20} MiB", phase)
 
     def _read_line(self, child: subprocess.Popen[bytes]) -> tuple[bytes | None, bool]:
         """A line if one came within the polling interval, and whether the pipe is still open."""
@@ -207,14 +223,14 @@ class Supervisor:
         line, _, self._buffer = self._buffer.partition(b"\n")
         return line, True
 
-    def _ended(self, child: subprocess.Popen[bytes], rows: tuple[int, int] | None, how: str) -> Attempt:
+    def _ended(self, child: subprocess.Popen[bytes], rows: tuple[int, int] | None, how: str, phase: str = "") -> Attempt:
         if how:
             child.kill()
         code = child.wait()
         if not how:
             how = f"process ended by {signal.Signals(-code).name}" if code < 0 else f"process exited with status {code}"
         self.close()
-        return Attempt(how=how, detail=how, rows=rows)
+        return Attempt(how=phase + how, detail=how, rows=rows)
 
     def _ensure_child(self) -> subprocess.Popen[bytes]:
         if self._child is None or self._child.poll() is not None:

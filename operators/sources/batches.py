@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,6 +23,7 @@ class BadRow:
     reason: str
     detail: str
     raw: str | None = None
+    unwanted: bool = False  # readable, but no document by the format's own rules (a redirect, say): rejected, not quarantined
 
 
 @dataclass
@@ -34,11 +37,17 @@ class SourceBatch:
 
 @dataclass(frozen=True)
 class RowRange:
-    """The rows of a unit that are wanted: [start, stop) without `skip`."""
+    """The rows of a unit that are wanted: [start, stop) without `skip`.
+
+    Rows in `crashed` ended their reader before (with what is said there) and are bad rows unread; a reader whose library
+    may crash works inside `reading(row)`, which tells the supervisor.
+    """
 
     start: int = 0
     stop: int | None = None
     skip: frozenset[int] = frozenset()
+    crashed: Mapping[int, str] = field(default_factory=dict)
+    reading: Callable[[int], contextlib.AbstractContextManager[None]] = lambda row: contextlib.nullcontext()
 
     def wants(self, row: int) -> bool:
         return row >= self.start and not self.past(row) and row not in self.skip

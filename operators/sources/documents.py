@@ -74,8 +74,9 @@ def _task(unit: Unit, read: ReadSettings, on_bad_rows: str) -> Callable[[], Iter
     def blocks() -> Iterable[pa.Table]:
         bad: Counter[str] = Counter()
         for batch in read_unit(unit, read):
-            if batch.bad and on_bad_rows == "raise":
-                first = batch.bad[0]
+            unreadable = [item for item in batch.bad if not item.unwanted]
+            if unreadable and on_bad_rows == "raise":
+                first = unreadable[0]
                 raise UnreadableRowsError(f"{first.where}: {first.reason}: {first.detail}")
             bad.update(item.reason for item in batch.bad)
             yield batch.table

@@ -7,11 +7,12 @@ handful of small files. Ids and row order do not depend on where the cuts fall.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib
 import itertools
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -324,17 +325,21 @@ def read_unit(
     stop_row: int | None = None,
     batch_rows: int = 2048,
     batch_bytes: int = 16 << 20,
+    crashed: Mapping[int, str] | None = None,
+    reading: Callable[[int], contextlib.AbstractContextManager[None]] = lambda row: contextlib.nullcontext(),
 ) -> Iterator[SourceBatch]:
     """Read rows `start_row` up to `stop_row` of a unit, without `skip_rows`, in order and in batches of bounded size.
 
     Every row of that range is in a batch's table or among its bad rows. Row numbers count from 0 inside the unit and do
-    not depend on the arguments. Memory is bounded by a batch and one text of `max_text_bytes`.
+    not depend on the arguments. Memory is bounded by a batch and one text of `max_text_bytes`. For `crashed` and
+    `reading` see RowRange.
     """
     if unit.limit is not None:
         stop_row = unit.limit if stop_row is None else min(stop_row, unit.limit)
     module, _, function = _READERS[unit.format].partition(":")
     reader: Callable[..., Iterator[SourceBatch]] = getattr(importlib.import_module(module), function)
-    yield from reader(unit, read, RowRange(start_row, stop_row, skip_rows), batch_rows, batch_bytes)
+    rows = RowRange(start_row, stop_row, skip_rows, crashed or {}, reading)
+    yield from reader(unit, read, rows, batch_rows, batch_bytes)
 
 
 def default_source(relative: str) -> str:
