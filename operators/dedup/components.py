@@ -13,28 +13,31 @@ import numba as nb
 import numpy as np
 
 EXACT, NEAR = 1, 2
-_NONE = np.iinfo(np.int64).max
 
 
-def bucket_pairs(keys: list[np.ndarray], ordinals: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def bucket_pairs(keys: list[np.ndarray], ordinals: np.ndarray, base: int = 0) -> tuple[np.ndarray, np.ndarray]:
     """Join each bucket of equal keys to its smallest ordinal: (larger, smaller) uint64 arrays, sorted by bucket.
 
-    `keys` are uint64 arrays, compared together. The number of pairs is members minus buckets.
+    `keys` are uint64 arrays, compared together. The number of pairs is members minus buckets. `base` as in `buckets`.
     """
-    members, starts = buckets(keys, ordinals)
+    members, starts = buckets(keys, ordinals, base)
     smallest = np.repeat(members[starts[:-1]], np.diff(starts))
     other = members != smallest
     return members[other], smallest[other]
 
 
-def buckets(keys: list[np.ndarray], ordinals: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The buckets of at least two members: (ordinals sorted by bucket and number, starts int64[buckets + 1])."""
+def buckets(keys: list[np.ndarray], ordinals: np.ndarray, base: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """The buckets of at least two members: (ordinals sorted by bucket and number, starts int64[buckets + 1]).
+
+    Ordinals below `base` are those of rows that are only compared with: a bucket of nothing else is left out.
+    """
     order = np.lexsort([ordinals, *keys[::-1]])
     members = ordinals[order]
     change = np.ones(len(members), bool)
     change[1:] = np.logical_or.reduce([key[order][1:] != key[order][:-1] for key in keys]) if len(members) else False
-    sizes = np.diff(np.append(np.flatnonzero(change), len(members)))
-    shared = sizes >= 2
+    ends = np.append(np.flatnonzero(change), len(members))
+    sizes = np.diff(ends)
+    shared = (sizes >= 2) & (members[ends[1:] - 1] >= np.uint64(base))
     starts = np.zeros(int(shared.sum()) + 1, np.int64)
     np.cumsum(sizes[shared], out=starts[1:])
     return members[np.repeat(shared, sizes)], starts
@@ -47,9 +50,14 @@ def forest(larger: np.ndarray, smaller: np.ndarray) -> tuple[np.ndarray, np.ndar
     larger one), so that the partner named for a removed row does not depend on the partitioning; then any pair
     that joins two trees.
     """
-    nodes, ranks = np.unique(np.concatenate([larger, smaller]), return_inverse=True)
-    keep = _forest(ranks[: len(larger)], ranks[len(larger) :], len(nodes))
+    keep = forest_mask(larger, smaller)
     return larger[keep], smaller[keep]
+
+
+def forest_mask(larger: np.ndarray, smaller: np.ndarray) -> np.ndarray:
+    """bool[pairs]: which pairs `forest` keeps."""
+    nodes, ranks = np.unique(np.concatenate([larger, smaller]), return_inverse=True)
+    return _forest(ranks[: len(larger)], ranks[len(larger) :], len(nodes))
 
 
 @nb.njit(cache=True, nogil=True)
@@ -113,13 +121,15 @@ class Removals:
     """The rows to remove, sorted by ordinal, and the sizes of the near-duplicate clusters (after exact removal).
 
     `ordinals`, `kept` (the survivor of the cluster), `match` (the partner it shares its text or a bucket with) are
-    uint64[n]; `kind` uint8[n] is EXACT or NEAR.
+    uint64[n]; `kind` uint8[n] is EXACT or NEAR; `similarity` float64[n] is that of the row and its match where it was
+    verified, else NaN.
     """
 
     ordinals: np.ndarray
     kept: np.ndarray
     match: np.ndarray
     kind: np.ndarray
+    similarity: np.ndarray
     cluster_sizes: dict[int, int]
 
 
@@ -129,38 +139,51 @@ def members_of(exact: tuple[np.ndarray, np.ndarray], near: tuple[np.ndarray, np.
 
 
 def resolve(
-    exact: tuple[np.ndarray, np.ndarray], near: tuple[np.ndarray, np.ndarray], scores: np.ndarray | None = None
+    exact: tuple[np.ndarray, np.ndarray],
+    near: tuple[np.ndarray, np.ndarray],
+    scores: np.ndarray | None = None,
+    protected: np.ndarray | None = None,
+    similarity: np.ndarray | None = None,
 ) -> Removals:
     """Decide which members go. Exact duplicates go first; the others of each group compete within their component.
 
-    `exact` and `near` are (larger, smaller) pairs. `scores` float64, one for each of `members_of(exact, near)`: the highest
-    stays, ties by the smallest ordinal; without scores the smallest ordinal stays.
+    `exact` and `near` are (larger, smaller) pairs. The following have one row for each of `members_of(exact, near)`:
+    `scores` float64[n] or [n, k], compared column by column: the highest stays, ties (and no scores) by the smallest ordinal;
+    `protected` bool[n]: rows that never go and before which all others of their component do. `similarity` float64 of
+    the near pairs, where they were verified: a pair of 1 has equal shingle sets, and joins the smallest ordinal that has it.
     """
     nodes = members_of(exact, near)
-    if scores is None:
-        scores = np.zeros(len(nodes))
+    kept_anyway = np.zeros(len(nodes), bool) if protected is None else protected
+    ranking = np.column_stack([kept_anyway.astype(float)] if scores is None else [kept_anyway, scores])
     groups, components = np.arange(len(nodes)), np.arange(len(nodes))
+    high, low = (np.searchsorted(nodes, near[side]) for side in (0, 1))
     if len(exact[0]):
-        groups = _roots(np.searchsorted(nodes, exact[0]), np.searchsorted(nodes, exact[1]), len(nodes))
-    if len(nodes):
-        high, low = (np.searchsorted(nodes, np.concatenate([exact[side], near[side]])) for side in (0, 1))
+        exact_high, exact_low = (np.searchsorted(nodes, exact[side]) for side in (0, 1))
+        groups = _roots(exact_high, exact_low, len(nodes))
+        components = _roots(np.concatenate([exact_high, high]), np.concatenate([exact_low, low]), len(nodes))
+    elif len(nodes):
         components = _roots(high, low, len(nodes))
-    best_of_group, survivor = _best(groups, scores), _best(components, scores)
+    best_of_group, survivor = _best(groups, ranking), _best(components, ranking)
     index = np.arange(len(nodes))
-    twin = best_of_group != index
-    gone = twin | (survivor != index)
-    partner = _partners(np.searchsorted(nodes, near[0]), np.searchsorted(nodes, near[1]), len(nodes))
-    pointless = (partner < 0) | (groups[partner] == groups) | (partner == index)
-    match = np.where(twin, best_of_group, np.where(pointless, survivor, partner))
+    twin = (best_of_group != index) & ~kept_anyway
+    gone = twin | ((survivor != index) & ~kept_anyway)
+    if similarity is None:
+        partner, alike = _partners(high, low, len(nodes)), np.full(len(nodes), np.nan)
+        pointless = (partner < 0) | (groups[partner] == groups) | (partner == index)
+        partner = np.where(pointless, survivor, partner)
+    else:
+        partner, alike = _verified_partners(high, low, similarity, groups, survivor)
+    match = np.where(twin, best_of_group, partner)
     sizes, counts = np.unique(np.bincount(components[~twin], minlength=len(nodes)), return_counts=True)
     clusters = {int(size): int(count) for size, count in zip(sizes, counts, strict=True) if size >= 2}
     kind = np.where(twin, EXACT, NEAR).astype(np.uint8)
-    return Removals(nodes[gone], nodes[survivor[gone]], nodes[match[gone]], kind[gone], clusters)
+    alike = np.where(twin, 1.0, alike)
+    return Removals(nodes[gone], nodes[survivor[gone]], nodes[match[gone]], kind[gone], alike[gone], clusters)
 
 
-def _best(roots: np.ndarray, scores: np.ndarray) -> np.ndarray:
-    """For each node the index of the highest score in its tree, ties by the smallest index."""
-    order = np.lexsort([np.arange(len(roots)), -scores, roots])
+def _best(roots: np.ndarray, ranking: np.ndarray) -> np.ndarray:
+    """For each node the index of the highest ranking (column by column) in its tree, ties by the smallest index."""
+    order = np.lexsort([np.arange(len(roots)), *(-ranking[:, ::-1].T), roots])
     first = np.ones(len(roots), bool)
     first[1:] = roots[order][1:] != roots[order][:-1]
     best = np.empty(len(roots), np.int64)
@@ -168,14 +191,49 @@ def _best(roots: np.ndarray, scores: np.ndarray) -> np.ndarray:
     return best
 
 
+def _verified_partners(
+    high: np.ndarray, low: np.ndarray, similarity: np.ndarray, groups: np.ndarray, survivor: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """(partner, similarity) of each node, a verified pair wherever there is one.
+
+    That is the smallest node with an equal shingle set, or what that one was confirmed with. Exact copies of the node
+    itself are no answer; a node without any other pair names the survivor, of which nothing was measured unless they share
+    a shingle set.
+    """
+    index, same = np.arange(len(groups)), similarity == 1.0
+    classes = _roots(high[same], low[same], len(groups)) if same.any() else index
+    pair = _partner_pairs(high[~same], low[~same], len(groups))
+    has_pair = pair >= 0
+    partner, alike = survivor.copy(), np.where(classes[survivor] == classes, 1.0, np.nan)
+    if has_pair.any():
+        chosen = pair[classes]
+        found = chosen >= 0
+        other = np.where(high[~same][chosen] == classes, low[~same][chosen], high[~same][chosen])
+        partner, alike = np.where(found, other, partner), np.where(found, similarity[~same][chosen], alike)
+    twinned = (classes != index) & (groups[classes] != groups)
+    return np.where(twinned, classes, partner), np.where(twinned, 1.0, alike)
+
+
 @nb.njit(cache=True, nogil=True)
+def _partner_pairs(larger: np.ndarray, smaller: np.ndarray, nodes: int) -> np.ndarray:
+    """The pair of each node with its smallest smaller partner, else with its smallest larger one, else -1."""
+    below, above = np.full(nodes, -1, np.int64), np.full(nodes, -1, np.int64)
+    for pair in range(len(larger)):
+        high, low = larger[pair], smaller[pair]
+        if below[high] < 0 or low < smaller[below[high]]:
+            below[high] = pair
+        if above[low] < 0 or high < larger[above[low]]:
+            above[low] = pair
+    for node in range(nodes):
+        if below[node] < 0:
+            below[node] = above[node]
+    return below
+
+
 def _partners(larger: np.ndarray, smaller: np.ndarray, nodes: int) -> np.ndarray:
     """The smallest smaller partner of each node, else its smallest larger one, else -1."""
-    below, above = np.full(nodes, _NONE), np.full(nodes, _NONE)
-    for pair in range(len(larger)):
-        below[larger[pair]] = min(below[larger[pair]], smaller[pair])
-        above[smaller[pair]] = min(above[smaller[pair]], larger[pair])
-    for node in range(nodes):
-        if below[node] == _NONE:
-            below[node] = above[node] if above[node] != _NONE else -1
-    return below
+    pair = _partner_pairs(larger, smaller, nodes)
+    if not len(larger):
+        return pair
+    other = np.where(larger[pair] == np.arange(nodes), smaller[pair], larger[pair])
+    return np.where(pair < 0, -1, other)
