@@ -23,14 +23,15 @@ if TYPE_CHECKING:
 class Verdict:
     """All rows of the input in their order, with changed or added columns; `reason` is null where the row is kept.
 
-    `value` is the measured number that decided (null where there is none). `scores` is what a filter measured.
+    `value` is the measured number that decided (null where there is none). `scores` is what a filter measured;
+    `detail` tells in the account of a rejected row what was found where (null: its URL, if it has one).
     """
 
     table: pa.Table
     reason: pa.Array | None = None  # string[rows]
     value: pa.Array | None = None  # float64[rows]
-    detail: pa.Array | None = None  # string[rows]
     scores: dict[str, pa.Array] | None = None
+    detail: pa.Array | None = None  # string[rows]
 
     def kept(self) -> pa.Table:
         if self.reason is None or self.reason.null_count == len(self.reason):

@@ -17,6 +17,7 @@ OPERATORS: dict[str, str] = {
     "c4_quality": "operators.filters.c4:C4Quality",
     "fineweb_quality": "operators.filters.fineweb:FineWebQuality",
     "bad_words": "operators.filters.badwords:BadWords",
+    "decontaminate": "operators.decontaminate.operator:Decontaminate",
     "redact_pii": "operators.text.pii:RedactPii",
     "score_quality": "operators.quality.scorer:ScoreQuality",
 }
