@@ -1,36 +1,38 @@
 """C4's cleaning (Raffel et al. 2020, arXiv:1910.10683, section 2.2), as datatrove 0.10 does it: lines are dropped one by one,
 then documents with too few sentences. The text that stays is changed.
 
-Sentences of spaced languages are counted by their end marks, as NLTK's Punkt does for all but abbreviations; Chinese and
-Japanese ones by `。！？…；`. Chinese lines need no words between spaces: their characters count (two make a word).
+Lines are those of `str.splitlines`, words of a line those between white space. Sentences are counted as spaCy's
+sentencizer does, which datatrove asks: after an end mark a new one begins at the first token that is neither punctuation
+nor an end mark. In Chinese, Japanese and other unspaced scripts two characters count as a word.
 """
 
 from __future__ import annotations
 
-from typing import ClassVar
+import functools
+import sys
+import unicodedata
+from typing import Any, ClassVar
 
+import numba
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 from pydantic import Field
 
 from operators.config import Settings
-from operators.filters.thresholds import analysis_of, base_language, languages
+from operators.filters.thresholds import UNSPACED_LANGUAGES, analysis_of, base_language, languages
 from operators.operator import Operator, Verdict
+from operators.text import characters
 from operators.text.analysis import Analysis
+from operators.text.characters import HAN, KANA, PUNCTUATION, SPACE, TERMINAL, UNSPACED
 from operators.text.language import set_column
-from operators.text.repair import replace_on_hits
+from operators.text.words import class_of, find_sorted
 
-_LINE_ENDS = r"\r\n|[\r\v\f\x1c-\x1e\x{85}\x{2028}\x{2029}]"  # with the line feed, those of str.splitlines
-_CITATION = r"\[\d*\]|\[edit\]|\[citation needed\]"
-_POLICY = (
-    r"(?i)terms of use|privacy policy|cookie policy|uses cookies|use of cookies|use cookies"
-    r"|隐私政策|隱私權政策|使用条款|使用\s*cookie"
-)
-_SENTENCE = r"[.?!]+[\"'”’)\]]*(?:\s+|$)|[。！？…]+[”’」』）]*|\S$"
-_TERMINAL = r"[.?!\"'。！？…”’」』；：)）]$"
-_ENGLISH_TERMINAL = r"[.?!\"']$"
-_UNSPACED = ("zh", "ja")
+POLICY_PHRASES = ("terms of use", "privacy policy", "cookie policy", "uses cookies", "use of cookies", "use cookies")
+CHINESE_POLICY_PHRASES = ("隐私政策", "隱私政策", "隱私權政策", "使用条款", "使用條款", "使用cookie", "使用 cookie")
+
+# what becomes of a line, in the order of the rules; LOREM and BRACKET condemn the document
+_KEEP, _DROP, _LOREM, _JAVASCRIPT, _BRACKET, _POLICY = range(6)
+_REASONS = ("lorem_ipsum", "curly_bracket", "few_sentences")
 
 
 class C4QualitySettings(Settings):
@@ -43,7 +45,7 @@ class C4QualitySettings(Settings):
     lorem_ipsum: bool = Field(default=True, description="drop documents with `lorem ipsum`")
     javascript: bool = Field(default=True, description="drop lines with `javascript`")
     curly_bracket: bool = Field(default=True, description="drop documents with `{`")
-    policy: bool = Field(default=True, description="drop lines about cookies, privacy and terms of use")
+    policy: bool = Field(default=True, description="drop lines about cookies, privacy and terms of use (English and Chinese)")
     min_sentences: int | None = Field(default=5, ge=1, description="drop documents with fewer sentences in the lines that stay")
 
 
@@ -52,74 +54,392 @@ class C4Quality(Operator):
 
     name: ClassVar[str] = "c4_quality"
     settings = C4QualitySettings
+    uses_analysis = True
     changes_text = True
 
     def process(self, table: pa.Table, analysis: Analysis | None = None) -> Verdict:
-        column = table["text"].cast(pa.large_string())
-        text = pc.fill_null(column.combine_chunks(), "") if table.num_rows else pa.array([], pa.large_string())
-        text = text.combine_chunks() if isinstance(text, pa.ChunkedArray) else text
-        guess = analysis_of(table, analysis).language_guess
-        codes = [base_language(code) for code in languages(table, guess).to_pylist()]
-        unspaced = np.isin(np.array(codes, object).astype(str), _UNSPACED)
+        found = analysis_of(table, analysis)
+        first, start, end, code, cited = self._judge(found, _unspaced(table, found))
+        condemned = _condemning(first, code)  # 0, or the rule that condemns the document
+        code[np.repeat(condemned > 0, np.diff(first))] = _DROP
+        sentences = self._count_sentences(found, first, start, end, code, cited)
+        kept = code == _KEEP
+        size = int((end - start)[kept].sum() + kept.sum())
+        out, offsets = np.empty(size, np.uint8), np.zeros(len(found) + 1, np.int64)
+        _assemble(found.data, first, start, end, code, cited, _digits(), characters.table(), out, offsets)
+        text = pa.Array.from_buffers(pa.large_string(), len(found), [None, pa.py_buffer(offsets), pa.py_buffer(out[: offsets[-1]])])
 
-        split = pc.split_pattern(replace_on_hits(text, _LINE_ENDS, "\n"), "\n")
-        first = np.asarray(split.offsets, np.int64)
-        lines = pc.utf8_trim_whitespace(split.flatten())
-        owner = np.repeat(np.arange(len(text)), np.diff(first))
-        # of lines in order, those before the first that condemns its document; the others are never looked at
-        drop, condemned = self._judge(lines, unspaced[owner])
-        reason_code = np.zeros(len(text), np.int8)
-        for code, mask in ((2, condemned[1]), (1, condemned[0])):
-            reason_code[owner[mask]] = code
-        for document in np.flatnonzero(reason_code):  # sparse: both in one document
-            inside = slice(first[document] - first[0], first[document + 1] - first[0])
-            at = [np.flatnonzero(mask[inside]) for mask in condemned]
-            reason_code[document] = 1 if len(at[0]) and (not len(at[1]) or at[0][0] <= at[1][0]) else 2
-        if self.config.citations:
-            lines = replace_on_hits(lines, _CITATION, "")
-        standing = lines.filter(pa.array(~drop))
-        sentences = np.bincount(owner[~drop], pc.count_substring_regex(standing, _SENTENCE).to_numpy(), len(text))
-        counts = np.bincount(owner[~drop], minlength=len(text))
-        offsets = pa.array(np.r_[0, np.cumsum(counts)].astype(np.int64))
-        kept = pa.LargeListArray.from_arrays(offsets, standing.cast(pa.large_string()))
-        cleaned = pc.utf8_trim_whitespace(pc.binary_join(kept, pa.scalar("\n", pa.large_string())))
-        few = sentences < self.config.min_sentences if self.config.min_sentences is not None else counts == 0
-        names = pa.array(["lorem_ipsum", "curly_bracket", "few_sentences"])
-        verdict = np.where(reason_code > 0, reason_code.astype(np.int64) - 1, np.where(few, 2, -1))
-        reason = names.take(pa.array(verdict, pa.int64(), mask=verdict < 0))
+        few = sentences < self.config.min_sentences if self.config.min_sentences is not None else np.diff(offsets) == 0
+        verdict = np.select([condemned == _LOREM, condemned == _BRACKET, few], [0, 1, 2], -1)
+        reason = pa.array(_REASONS).take(pa.array(verdict, pa.int64(), mask=verdict < 0))
         value = pa.array(sentences.astype(np.float64), mask=verdict != 2)
-        return Verdict(set_column(table, "text", cleaned), reason, value)
+        return Verdict(set_column(table, "text", text), reason, value)
 
-    def _judge(self, lines: pa.Array, unspaced: np.ndarray) -> tuple[np.ndarray, tuple[np.ndarray, np.ndarray]]:
-        """(lines to drop, (lines with lorem ipsum, lines with a bracket) that condemn), by the order of datatrove's rules."""
+    def _judge(self, found: Analysis, unspaced: np.ndarray) -> tuple[np.ndarray, ...]:
+        """(first line of each text int64[texts + 1], and of each line: its stripped bytes from start to end (int64), what
+        becomes of it (int8), whether a citation must be cut out (bool))."""
         config = self.config
+        first = _count_lines(found.data, found.starts, found.ends)
+        start, end = np.empty(first[-1], np.int64), np.empty(first[-1], np.int64)
+        code, cited = np.empty(first[-1], np.int8), np.zeros(first[-1], np.bool_)
+        phrases = _phrases(config.lorem_ipsum, config.javascript, config.curly_bracket, config.policy)
+        longest = sys.maxsize if config.max_word_characters is None else config.max_word_characters
+        _judge(
+            found.data, found.starts, found.ends, first, unspaced, characters.table(), _digits(), *phrases,
+            longest, config.min_words or 0, config.citations, config.terminal_punctuation, start, end, code, cited,
+        )  # fmt: skip
+        return first, start, end, code, cited
 
-        def matches(pattern: str) -> np.ndarray:
-            return pc.match_substring_regex(lines, pattern).to_numpy(zero_copy_only=False)
+    def _count_sentences(self, found: Analysis, first: np.ndarray, *lines: np.ndarray) -> np.ndarray:
+        """int64[texts], sentences in the lines that stay."""
+        counts = np.zeros(len(found), np.int64)
+        if self.config.min_sentences is None:
+            return counts
+        start, end, code, cited = lines
+        words, table = found.words, characters.table()
+        _count_sentences(
+            found.data, words.first, words.last, words.start, words.length, words.characters, table, first, start, end,
+            (code == _KEEP) & ~cited, counts,
+        )  # fmt: skip
+        rows = np.flatnonzero((code == _KEEP) & cited)
+        if len(rows):  # lines without their citations have other words
+            out, offsets = np.empty(int((end - start)[rows].sum()), np.uint8), np.zeros(len(rows) + 1, np.int64)
+            _cut_lines(found.data, start[rows], end[rows], _digits(), out, offsets)
+            cut = Analysis(out, offsets[:-1], offsets[1:])
+            words, whole = cut.words, np.arange(len(rows) + 1)
+            own = np.zeros(len(rows), np.int64)
+            _count_sentences(
+                cut.data, words.first, words.last, words.start, words.length, words.characters, table, whole, offsets[:-1],
+                offsets[1:], np.ones(len(rows), np.bool_), own,
+            )  # fmt: skip
+            np.add.at(counts, np.searchsorted(first, rows, "right") - 1, own)
+        return counts
 
-        drop = np.zeros(len(lines), bool)
-        if config.max_word_characters is not None:
-            long = np.flatnonzero((pc.utf8_length(lines).to_numpy() > config.max_word_characters) & ~unspaced)
-            for line in long:  # sparse: lines of more characters than a word may have
-                drop[line] = max(map(len, lines[int(line)].as_py().split()), default=0) > config.max_word_characters
-        if config.terminal_punctuation:
-            stripped = replace_on_hits(lines, _CITATION, "") if config.citations else lines
-            ends = pc.match_substring_regex(stripped, _ENGLISH_TERMINAL).to_numpy(zero_copy_only=False)
-            ends &= ~pc.ends_with(stripped, "...").to_numpy(zero_copy_only=False)
-            any_script = pc.match_substring_regex(stripped, _TERMINAL).to_numpy(zero_copy_only=False)
-            drop |= ~np.where(unspaced, any_script, ends)
-        if config.min_words is not None:
-            few = ~matches(rf"(?:\S+\s+){{{config.min_words - 1}}}\S")
-            chinese = np.flatnonzero(few & unspaced)
-            candidates = lines.take(pa.array(chinese))
-            words = pc.count_substring_regex(candidates, r"\S+").to_numpy()
-            han = pc.count_substring_regex(candidates, r"[\p{Han}\p{Hiragana}\p{Katakana}]").to_numpy()
-            few[chinese] = words + han // 2 < config.min_words
-            drop |= few
-        lorem = matches("(?i)lorem ipsum") & ~drop if config.lorem_ipsum else np.zeros(len(lines), bool)
-        if config.javascript:
-            drop |= matches("(?i)javascript")
-        bracket = matches(r"\{") & ~drop if config.curly_bracket else np.zeros(len(lines), bool)
-        if config.policy:
-            drop |= matches(_POLICY)
-        return drop, (lorem, bracket)
+
+def _unspaced(table: pa.Table, analysis: Analysis) -> np.ndarray:
+    """bool[texts], whether the language is written without spaces."""
+    known = "lang" in table.column_names and not table["lang"].null_count
+    encoded: Any = languages(table, None if known else analysis.language_guess).dictionary_encode()
+    listed = np.array([base_language(code) in UNSPACED_LANGUAGES for code in encoded.dictionary.to_pylist()], np.bool_)
+    return listed[encoded.indices.to_numpy()]
+
+
+def _condemning(first: np.ndarray, code: np.ndarray) -> np.ndarray:
+    """int8[texts]: the code of the first line that condemns its text, else 0."""
+    out = np.zeros(len(first) - 1, np.int8)
+    rows = np.flatnonzero((code == _LOREM) | (code == _BRACKET))
+    texts = np.searchsorted(first, rows, "right") - 1
+    out[texts[::-1]] = code[rows[::-1]]  # the first line is written last
+    return out
+
+
+@functools.cache
+def _digits() -> np.ndarray:
+    """Sorted code points (int32) of category Nd, `\\d` of Python's regular expressions."""
+    return np.array([point for point in range(sys.maxunicode + 1) if unicodedata.category(chr(point)) == "Nd"], np.int32)
+
+
+@functools.cache
+def _phrases(lorem: bool, javascript: bool, bracket: bool, policy: bool) -> tuple[np.ndarray, ...]:
+    """(bytes of all phrases, their offsets, the code of each, for each first byte its phrase or -1, and the next one).
+
+    Phrases are lower case; one that begins with an ASCII letter is filed under its capital too.
+    """
+    wanted = [(b"lorem ipsum", _LOREM)] * lorem + [(b"javascript", _JAVASCRIPT)] * javascript + [(b"{", _BRACKET)] * bracket
+    if policy:
+        wanted += [(phrase.encode(), _POLICY) for phrase in (*POLICY_PHRASES, *CHINESE_POLICY_PHRASES)]
+    data = np.frombuffer(b"".join(phrase for phrase, _ in wanted), np.uint8)
+    offsets = np.cumsum([0, *(len(phrase) for phrase, _ in wanted)]).astype(np.int64)
+    codes = np.array([code for _, code in wanted], np.int8)
+    by_byte, following = np.full(256, -1, np.int64), np.full(len(wanted), -1, np.int64)
+    for number in range(len(wanted) - 1, -1, -1):
+        lead = wanted[number][0][:1]
+        following[number] = by_byte[lead[0]]
+        by_byte[lead[0]] = by_byte[lead.upper()[0]] = number
+    return data, offsets, codes, by_byte, following
+
+
+@numba.njit(cache=True, nogil=True, inline="always")
+def _point(data, i):  # type: ignore[no-untyped-def]
+    """(code point that begins at byte `i`, its bytes)."""
+    byte = np.int32(data[i])
+    if byte < 0x80:
+        return byte, 1
+    if byte < 0xE0:
+        return ((byte & 0x1F) << 6) | (np.int32(data[i + 1]) & 0x3F), 2
+    if byte < 0xF0:
+        return ((byte & 0x0F) << 12) | ((np.int32(data[i + 1]) & 0x3F) << 6) | (np.int32(data[i + 2]) & 0x3F), 3
+    return (
+        ((byte & 0x07) << 18)
+        | ((np.int32(data[i + 1]) & 0x3F) << 12)
+        | ((np.int32(data[i + 2]) & 0x3F) << 6)
+        | (np.int32(data[i + 3]) & 0x3F)
+    ), 4
+
+
+@numba.njit(cache=True, nogil=True, inline="always")
+def _ends_line(point):  # type: ignore[no-untyped-def]
+    """Whether `str.splitlines` splits there."""
+    return 10 <= point <= 13 or 28 <= point <= 30 or point == 0x85 or point == 0x2028 or point == 0x2029
+
+
+@numba.njit(cache=True, nogil=True)
+def _count_lines(data, starts, ends):  # type: ignore[no-untyped-def]
+    """Prefix sums int64[texts + 1] of the lines of each text."""
+    out = np.zeros(len(starts) + 1, np.int64)
+    for row in range(len(starts)):
+        lines, begin, i, end = 0, starts[row], starts[row], ends[row]
+        while i < end:
+            byte = data[i]
+            if byte > 30 and byte != 0xC2 and byte != 0xE2:
+                i += 1
+                continue
+            point, step = _point(data, i)
+            i += step
+            if _ends_line(point):
+                if point == 13 and i < end and data[i] == 10:
+                    i += 1
+                lines += 1
+                begin = i
+        out[row + 1] = out[row] + lines + (begin < end)
+    return out
+
+
+@numba.njit(cache=True, nogil=True)
+def _citation(data, i, end, digits):  # type: ignore[no-untyped-def]
+    r"""Bytes of `\[\d*\]|\[edit\]|\[citation needed\]` at byte `i` (a `[`), or 0."""
+    j = i + 1
+    if end - j >= 5 and data[j] == 101 and data[j + 1] == 100 and data[j + 2] == 105 and data[j + 3] == 116 and data[j + 4] == 93:
+        return 6
+    if end - j >= 16 and data[j] == 99:
+        wanted = b"citation needed]"
+        for k in range(16):
+            if data[j + k] != wanted[k]:
+                return 0
+        return 17
+    while j < end:
+        if data[j] == 93:
+            return j + 1 - i
+        if 48 <= data[j] <= 57:
+            j += 1
+        elif data[j] >= 0x80:
+            point, step = _point(data, j)
+            if find_sorted(digits, point) < 0:
+                return 0
+            j += step
+        else:
+            return 0
+    return 0
+
+
+@numba.njit(cache=True, nogil=True)
+def _cut(data, start, end, digits, out, used):  # type: ignore[no-untyped-def]
+    """Copy the bytes without citations to `out[used:]`. Returns where they end."""
+    i = start
+    while i < end:
+        if data[i] == 91:
+            size = _citation(data, i, end, digits)
+            if size:
+                i += size
+                continue
+        out[used] = data[i]
+        used += 1
+        i += 1
+    return used
+
+
+@numba.njit(cache=True, nogil=True)
+def _cut_lines(data, start, end, digits, out, offsets):  # type: ignore[no-untyped-def]
+    used = 0
+    for line in range(len(start)):
+        used = _cut(data, start[line], end[line], digits, out, used)
+        offsets[line + 1] = used
+
+
+@numba.njit(cache=True, nogil=True)
+def _worst_phrase(data, start, end, phrases, offsets, codes, by_byte, following):  # type: ignore[no-untyped-def]
+    """The lowest code of a phrase in the bytes (ASCII letters in either case), or 0."""
+    worst = 0
+    for i in range(start, end):
+        number = by_byte[data[i]]
+        while number >= 0:
+            size = offsets[number + 1] - offsets[number]
+            if i + size <= end and (not worst or codes[number] < worst):
+                k = 1
+                while k < size:
+                    byte = data[i + k]
+                    if 65 <= byte <= 90:
+                        byte |= 32
+                    if byte != phrases[offsets[number] + k]:
+                        break
+                    k += 1
+                if k == size:
+                    worst = codes[number]
+            number = following[number]
+    return worst
+
+
+@numba.njit(cache=True, nogil=True)
+def _has_terminal(data, start, end, unspaced):  # type: ignore[no-untyped-def]
+    """Whether the bytes end in `. ? ! " '` and no `...`; in unspaced scripts in one of those or of `。！？…”’」』；：)）`."""
+    if start == end:
+        return False
+    last = end - 1
+    while (data[last] & 0xC0) == 0x80:
+        last -= 1
+    point, _ = _point(data, last)
+    plain = point == 46 or point == 63 or point == 33 or point == 34 or point == 39
+    if unspaced:
+        return plain or (
+            point == 0x3002 or point == 0xFF01 or point == 0xFF1F or point == 0x2026 or point == 0x201D or point == 0x2019
+            or point == 0x300D or point == 0x300F or point == 0xFF1B or point == 0xFF1A or point == 41 or point == 0xFF09
+        )  # fmt: skip
+    return plain and not (end - start >= 3 and data[end - 1] == 46 and data[end - 2] == 46 and data[end - 3] == 46)
+
+
+@numba.njit(cache=True, nogil=True)
+def _judge(  # type: ignore[no-untyped-def]
+    data, starts, ends, first, unspaced, table, digits, phrases, offsets, codes, by_byte, following,
+    longest, min_words, citations, terminal, start, end, code, cited,
+):  # fmt: skip
+    scratch = np.empty(0, np.uint8)
+    for row in range(len(starts)):
+        i, stop = starts[row], ends[row]
+        for line in range(first[row], first[row + 1]):
+            begin, finish = i, i  # the line without white space at its ends
+            words = run = longest_run = 0
+            has_bracket, started = False, False
+            while i < stop:
+                here = i
+                byte = data[i]
+                if 32 < byte < 0x80:
+                    has_bracket |= byte == 91
+                    i += 1
+                else:
+                    point, step = _point(data, i)
+                    i += step
+                    if class_of(table, point) & SPACE:
+                        run = 0
+                        if _ends_line(point):
+                            if point == 13 and i < stop and data[i] == 10:
+                                i += 1
+                            break
+                        continue
+                if not started:
+                    started, begin = True, here
+                words += run == 0
+                run += 1
+                longest_run = max(longest_run, run)
+                finish = i
+            if not started:
+                begin = finish = i
+            start[line], end[line] = begin, finish
+            low, high, source = begin, finish, data
+            if longest_run > longest and not unspaced[row]:
+                code[line] = _DROP
+                continue
+            if has_bracket and citations:
+                if len(scratch) < finish - begin:
+                    scratch = np.empty(2 * (finish - begin), np.uint8)
+                size = _cut(data, begin, finish, digits, scratch, 0)
+                if size != finish - begin:
+                    cited[line] = True
+                    low, high, source = 0, size, scratch
+            if terminal and not _has_terminal(source, low, high, unspaced[row]):
+                code[line] = _DROP
+                continue
+            if words < min_words and unspaced[row]:
+                wide = 0
+                k = begin
+                while k < finish:
+                    point, step = _point(data, k)
+                    wide += (class_of(table, point) & (HAN | KANA | UNSPACED)) != 0
+                    k += step
+                words += wide // 2
+            if words < min_words:
+                code[line] = _DROP
+                continue
+            code[line] = _worst_phrase(source, low, high, phrases, offsets, codes, by_byte, following)
+
+
+@numba.njit(cache=True, nogil=True)
+def _count_sentences(  # type: ignore[no-untyped-def]
+    data, first_word, last_word, word, length, size, table, first, start, end, kept, out
+):
+    """Add the sentences of the kept lines of each text to `out`; a line has one at least."""
+    for row in range(len(first_word)):
+        w = first_word[row]
+        for line in range(first[row], first[row + 1]):
+            while w < last_word[row] and word[w] < start[line]:
+                w += 1
+            if not kept[line]:
+                continue
+            sentences, ended, previous = 1, False, np.int64(-1)
+            while w < last_word[row] and word[w] < end[line]:
+                is_end = False
+                if size[w] == 1:
+                    point, _ = _point(data, word[w])
+                    is_end = (class_of(table, point) & TERMINAL) != 0
+                if ended:
+                    gap = word[w] - previous
+                    # all white space but a single space is a token to spaCy, and no punctuation
+                    if (gap > 1 or (gap == 1 and data[previous] != 32)) or not (
+                        is_end or _is_punctuation(data, word[w], word[w] + length[w], table)
+                    ):
+                        sentences += 1
+                        ended = False
+                ended |= is_end
+                previous = word[w] + length[w]
+                w += 1
+            out[row] += sentences
+
+
+@numba.njit(cache=True, nogil=True)
+def _is_punctuation(data, start, end, table):  # type: ignore[no-untyped-def]
+    i = start
+    while i < end:
+        point, step = _point(data, i)
+        if not class_of(table, point) & PUNCTUATION:
+            return False
+        i += step
+    return True
+
+
+@numba.njit(cache=True, nogil=True)
+def _assemble(data, first, start, end, code, cited, digits, table, out, offsets):  # type: ignore[no-untyped-def]
+    """The kept lines of each text joined by line feeds, without white space at either end."""
+    used = 0
+    for row in range(len(first) - 1):
+        begin, lines = used, 0
+        for line in range(first[row], first[row + 1]):
+            if code[line] != _KEEP:
+                continue
+            if lines:
+                out[used] = 10
+                used += 1
+            lines += 1
+            if cited[line]:
+                used = _cut(data, start[line], end[line], digits, out, used)
+            else:
+                size = end[line] - start[line]
+                out[used : used + size] = data[start[line] : end[line]]
+                used += size
+        low = begin
+        while low < used:
+            point, step = _point(out, low)
+            if not class_of(table, point) & SPACE:
+                break
+            low += step
+        while used > low:
+            last = used - 1
+            while (out[last] & 0xC0) == 0x80:
+                last -= 1
+            point, _ = _point(out, last)
+            if not class_of(table, point) & SPACE:
+                break
+            used = last
+        if low > begin:
+            for k in range(used - low):
+                out[begin + k] = out[low + k]
+            used -= low - begin
+        offsets[row + 1] = used

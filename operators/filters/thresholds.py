@@ -18,6 +18,8 @@ L = TypeVar("L", bound=Settings)
 # what fastText, CLD and ISO 639-3 call the varieties of Chinese that share its thresholds
 _ALIASES = {"cmn": "zh", "yue": "zh", "wuu": "zh", "lzh": "zh", "zho": "zh", "eng": "en", "jpn": "ja", "kor": "ko", "tha": "th"}
 
+UNSPACED_LANGUAGES = ("zh", "ja", "th", "lo", "km", "my", "bo")
+
 
 def base_language(code: str) -> str:
     """`zh` of `zh-Hant`, `zh_CN`, `cmn` or `yue`."""

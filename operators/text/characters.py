@@ -29,6 +29,7 @@ ICON = 16384  # category So, but for the degree sign
 TERMINAL = 32768  # ends a sentence in some script
 MARK = 65536  # combining marks (Mn, Mc, Me)
 PUNCT_BEFORE_DOT = 131072  # a full stop after one of these is split off
+PUNCTUATION = 262144  # Unicode category P
 
 TABLE_SIZE = 0x33480
 
@@ -71,6 +72,8 @@ def table() -> np.ndarray:
             flags[point] = MARK
         elif category == "So" and point != 0xB0:
             flags[point] = ICON | AFFIX
+        elif category[0] == "P":
+            flags[point] = PUNCTUATION
     for point in (
         *range(9, 14),
         *range(28, 33),
