@@ -62,6 +62,7 @@ class Classifier:
         self._buckets = np.full(self._bucket if pruned >= 0 else 0, -1, np.int32)
         if pruned > 0:
             self._buckets[pairs[:, 0]] = words + pairs[:, 1]
+        self._bits = _bits(self._buckets, self._bucket)
         if len(self._rows) < words + (int(pairs[:, 1].max(initial=-1)) + 1 if pruned >= 0 else self._bucket):
             raise ValueError("fastText model with a short input matrix")
         counts = [count for _, count, _ in entries[words:]]
@@ -85,8 +86,8 @@ class Classifier:
         while slots < 1 << 15 and slots * 16 < int((ends - starts).sum()):
             slots *= 2
         _predict(
-            data, starts, ends, offsets, slots, self._rows, self._output, self._tree, self._buckets, self._bucket, self._minn,
-            self._maxn, self._slots, self._word_start, self._word_bytes, self._end, label, probability,
+            data, starts, ends, offsets, slots, self._rows, self._output, self._tree, self._buckets, self._bits, self._bucket,
+            self._minn, self._maxn, self._slots, self._word_start, self._word_bytes, self._end, label, probability,
         )  # fmt: skip
         return Predictions(label, probability)
 
@@ -190,6 +191,14 @@ def _dictionary(words: list[bytes]) -> tuple[np.ndarray, np.ndarray, np.ndarray]
     return slots, start, joined
 
 
+def _bits(buckets: np.ndarray, bucket: int) -> np.ndarray:
+    """uint64[bucket / 64]: one bit a bucket, set where it has a vector. 250 kB for lid.176, which stay in the cache."""
+    present = buckets >= 0 if len(buckets) else np.ones(max(bucket, 1), bool)
+    padded = np.zeros((len(present) // 64 + 1) * 64, bool)
+    padded[: len(present)] = present
+    return np.packbits(padded, bitorder="little").view(np.uint64)
+
+
 def _huffman(counts: list[int]) -> np.ndarray:
     """int32[labels - 1, 2]: the children of each inner node, as fastText builds its tree. Node i >= labels is row i - labels;
     children have smaller numbers than their parent, the root is the last."""
@@ -258,22 +267,64 @@ def _find(data, start, end, key, slots, word_start, word_bytes):  # type: ignore
     return np.int32(-1)
 
 
-@numba.njit(cache=True, nogil=True)
+@numba.njit(cache=True, nogil=True, inline="always")
 def _add_row(total, rows, row):  # type: ignore[no-untyped-def]
-    if len(total) == 16:  # lid.176's width: one vector register
-        for k in range(16):
-            total[k] += rows[row, k]
-    else:
-        for k in range(len(total)):
-            total[k] += rows[row, k]
+    for k in range(len(total)):
+        total[k] += rows[row, k]
+
+
+@numba.njit(cache=True, nogil=True, inline="always")
+def _keep(value, bucket, shift, factor, bits, buckets, found, count):  # type: ignore[no-untyped-def]
+    """Append the bucket of a hash to `found` if it has a vector, without a branch; returns the new count."""
+    # value % bucket: the quotient by multiplication is too high by one at most
+    rest = np.int64(value) - np.int64((value * factor) >> shift) * bucket
+    rest += bucket & (rest >> 63)
+    found[count] = rest
+    place = np.uint64(rest)
+    return count + np.int64((bits[place >> np.uint64(6)] >> (place & np.uint64(63))) & np.uint64(1))
 
 
 @numba.njit(cache=True, nogil=True)
-def _add_grams(data, start, end, total, rows, buckets, bucket, minn, maxn, words):  # type: ignore[no-untyped-def]
-    """Add the vectors of the character n-grams of `<word>` to `total`; returns their number."""
-    found = 0
-    inverse = 1.0 / bucket
-    pruned = len(buckets) > 0
+def _add_found(total, rows, buckets, words, found, count):  # type: ignore[no-untyped-def]
+    for k in range(count):
+        _add_row(total, rows, np.int64(buckets[found[k]]) if len(buckets) else found[k] + words)
+    return count
+
+
+@numba.njit(cache=True, nogil=True)
+def _add_grams(data, start, end, total, rows, buckets, bits, bucket, minn, maxn, words, found):  # type: ignore[no-untyped-def]
+    """Add the vectors of the character n-grams of `<word>` to `total`; returns their number.
+
+    Byte by byte, the hashes of the n-grams that end here are all in work at once: chains that wait for nothing.
+    """
+    shift = np.uint64(31)
+    while bucket >> np.int64(shift - np.uint64(30)):
+        shift += np.uint64(1)
+    factor = np.uint64((np.uint64(1) << shift) // np.uint64(bucket) + np.uint64(1))
+    added, count = 0, 0
+    if minn == 2 and maxn == 4:
+        blank = np.uint64(2166136261)
+        one, two, three = _step(blank, np.uint8(60)), blank, blank  # of the last character, the last two, the last three
+        j, characters = start, 1
+        while j <= end:
+            four, three, two, one = three, two, one, blank
+            byte = np.uint8(62) if j == end else data[j]
+            while True:
+                four, three, two, one = _step(four, byte), _step(three, byte), _step(two, byte), _step(one, byte)
+                j += 1
+                if j >= end or data[j] & 0xC0 != 0x80:
+                    break
+                byte = data[j]
+            characters += 1
+            count = _keep(two, bucket, shift, factor, bits, buckets, found, count)
+            if characters >= 3:
+                count = _keep(three, bucket, shift, factor, bits, buckets, found, count)
+            if characters >= 4:
+                count = _keep(four, bucket, shift, factor, bits, buckets, found, count)
+            if count > len(found) - 4:
+                added += _add_found(total, rows, buckets, words, found, count)
+                count = 0
+        return added + _add_found(total, rows, buckets, words, found, count)
     for i in range(start - 1, end + 1):
         byte = np.uint8(60) if i < start else (np.uint8(62) if i == end else data[i])
         if byte & 0xC0 == 0x80:
@@ -288,18 +339,12 @@ def _add_grams(data, start, end, total, rows, buckets, bucket, minn, maxn, words
                 j += 1
                 byte = np.uint8(62) if j >= end else data[j]
             if n >= minn and not (n == 1 and (i == start - 1 or j == end + 1)):
-                # value % bucket; the quotient in floating point is off by one at most
-                rest = np.int64(value) - np.int64(np.float64(np.int64(value)) * inverse) * bucket
-                if rest < 0:
-                    rest += bucket
-                elif rest >= bucket:
-                    rest -= bucket
-                row = np.int64(buckets[rest]) if pruned else rest + words
-                if row >= 0:
-                    _add_row(total, rows, row)
-                    found += 1
+                count = _keep(value, bucket, shift, factor, bits, buckets, found, count)
+                if count > len(found) - 4:
+                    added += _add_found(total, rows, buckets, words, found, count)
+                    count = 0
             n += 1
-    return found
+    return added + _add_found(total, rows, buckets, words, found, count)
 
 
 @numba.njit(cache=True, nogil=True)
@@ -320,14 +365,15 @@ def _starts_with_label(data, start, end):  # type: ignore[no-untyped-def]
 
 @numba.njit(cache=True, nogil=True)
 def _predict(  # type: ignore[no-untyped-def]
-    data, starts, ends, offsets, cache_slots, rows, output, tree, buckets, bucket, minn, maxn, slots, word_start, word_bytes,
-    end_of_line, label, probability,
+    data, starts, ends, offsets, cache_slots, rows, output, tree, buckets, bits, bucket, minn, maxn, slots, word_start,
+    word_bytes, end_of_line, label, probability,
 ):  # fmt: skip
     dim, labels, words = rows.shape[1], len(output), len(word_start) - 1
     keys, known = np.zeros(cache_slots, np.uint64), np.zeros(cache_slots, np.int32)
     vectors = np.empty((cache_slots, dim), np.float32)
     hidden, vector = np.empty(dim, np.float32), np.empty(dim, np.float32)
     scores = np.empty(max(2 * labels - 1, 1), np.float32)
+    scratch = np.empty(4096, np.int64)
     cache_mask = np.uint64(cache_slots - 1)
     for text in range(len(offsets) - 1):
         hidden[:] = 0
@@ -351,7 +397,13 @@ def _predict(  # type: ignore[no-untyped-def]
                         count += known[slot]
                         _add_row(hidden, vectors, slot)
                     continue
-                if data[begin] == 60 and i - begin == 4 and data[begin + 1] == 47 and data[begin + 2] == 115 and data[begin + 3] == 62:
+                if (
+                    data[begin] == 60
+                    and i - begin == 4
+                    and data[begin + 1] == 47
+                    and data[begin + 2] == 115
+                    and data[begin + 3] == 62
+                ):
                     ended = True  # a literal </s> ends the line for fastText
                     break
                 vector[:] = 0
@@ -360,8 +412,8 @@ def _predict(  # type: ignore[no-untyped-def]
                 if word >= 0:
                     _add_row(vector, rows, word)
                     found = 1
-                if word >= 0 or not _starts_with_label(data, begin, i):
-                    found += _add_grams(data, begin, i, vector, rows, buckets, bucket, minn, maxn, words)
+                if maxn > 0 and (word >= 0 or not _starts_with_label(data, begin, i)):
+                    found += _add_grams(data, begin, i, vector, rows, buckets, bits, bucket, minn, maxn, words, scratch)
                 for k in range(dim):
                     hidden[k] += vector[k]
                 count += found
@@ -440,5 +492,3 @@ def _best(scores, labels, label, probability):  # type: ignore[no-untyped-def]
         probability[place], label[place] = score, row
     for k in range(taken):
         probability[k] = np.exp(probability[k])
-
-
