@@ -17,67 +17,119 @@ import pyarrow.compute as pc
 
 from operators import registry, tables
 from operators.config import SettingsError
-from operators.operator import Operator, Verdict
+from operators.measures import Measure, Recorder, replayable
+from operators.operator import Filter, Operator, Verdict
 from operators.text.analysis import Analysis
 
 
 @dataclass
 class ChainResult:
-    """What became of one batch: kept rows, rejects (schema tables.REJECTS) and the funnel counts."""
+    """What became of one batch: kept rows, rejects (schema tables.REJECTS), the funnel counts, and what filters measured
+    (see operators.measures; None unless asked for)."""
 
     kept: pa.Table
     rejects: list[pa.Table] = field(default_factory=list)
     funnel: dict[str, Any] = field(default_factory=dict)
     rejected: Counter[str] = field(default_factory=Counter)
+    measures: pa.Table | None = None
 
 
 class Chain:
     """Operators in order. `entries` are recipe entries: `name` or `{name: {option: value}}`.
 
+    `measure` asks for the scores: those of the rows that a filter `seen` anyway, or of `all` rows that come to its run of
+    filters (up to the next operator that changes text), rejected ones too. What is kept and why does not depend on it.
     Raises SettingsError when an operator or option is unknown.
     """
 
-    def __init__(self, entries: Sequence[str | dict[str, Any]]) -> None:
+    def __init__(self, entries: Sequence[str | dict[str, Any]], measure: Measure = "none") -> None:
         self.operators: list[Operator] = [registry.build(entry) for entry in entries]
+        self.measure = measure if any(map(replayable, self.operators)) else "none"
 
     def run(self, table: pa.Table) -> ChainResult:
         """Apply every operator to the rows the ones before it kept."""
         result = ChainResult(table)
-        analysis: Analysis | None = None
-        for position, operator in enumerate(self.operators):
+        recorder = Recorder(table.num_rows) if self.measure != "none" else None
+        flow = _Flow(table)
+        for place, operator in enumerate(self.operators):
+            measures_all = self.measure == "all" and replayable(operator)
+            if not measures_all:
+                flow.drop_rejected()
+            before = flow.table
             try:
-                operator.check_columns(result.kept.column_names)
+                operator.check_columns(before.column_names)
             except KeyError as error:
                 raise SettingsError(str(error.args[0])) from None
-            before = result.kept
-            if analysis is None and operator.uses_analysis and before.num_rows:
-                analysis = Analysis.of(before["text"])
-            verdict = operator.process(before, analysis)
+            if flow.analysis is None and operator.uses_analysis and before.num_rows:
+                flow.analysis = Analysis.of(before["text"])
+            verdict = operator.process(before, flow.analysis)
             if verdict.table.num_rows != before.num_rows:
                 raise SettingsError(
                     f"operator {operator.name} returned {verdict.table.num_rows} rows for {before.num_rows}; "
                     "a row is dropped by a reason in the verdict, never by leaving it out"
                 )
-            self._count(result, f"{position:02d}:{operator.name}", operator.name, before, verdict)
-            if operator.changes_text:
-                analysis = None
-            elif analysis is not None and result.kept.num_rows != before.num_rows:
+            if recorder is not None and replayable(operator):
+                assert isinstance(operator, Filter)
+                recorder.scores(place, operator, before, verdict, flow.rows)
+            dropped = flow.reject(verdict)
+            reasons: dict[str, int] = {}
+            if dropped is not None:
                 assert verdict.reason is not None
-                analysis = analysis.filter(pc.is_null(verdict.reason).to_numpy(zero_copy_only=False))
+                mask = pa.array(dropped)
+                found = verdict.reason.filter(mask)
+                reasons = {entry["values"]: entry["counts"] for entry in pc.value_counts(found).to_pylist()}
+                result.rejects.append(_rejects(operator.name, before, verdict, mask))
+                if recorder is not None:
+                    recorder.rejects(place, flow.rows[dropped], found)
+            entered = flow.count + sum(reasons.values())
+            result.funnel[f"{place:02d}:{operator.name}"] = {"in": entered, "kept": flow.count, "rejected": reasons}
+            result.rejected.update({f"{operator.name}:{reason}": count for reason, count in reasons.items()})
+            flow.table = verdict.table
+            if operator.changes_text:
+                flow.analysis = None
+            if not measures_all:
+                flow.drop_rejected()
+        flow.drop_rejected()
+        result.kept = flow.table
+        if recorder is not None:
+            result.measures = recorder.table(flow.table, flow.rows)
         return result
 
-    @staticmethod
-    def _count(result: ChainResult, step: str, name: str, before: pa.Table, verdict: Verdict) -> None:
-        result.kept = verdict.kept()
-        reasons: dict[str, int] = {}
-        if result.kept.num_rows < before.num_rows:
-            assert verdict.reason is not None
-            dropped = pc.is_valid(verdict.reason)
-            counts = pc.value_counts(verdict.reason.filter(dropped))
-            reasons = {entry["values"]: entry["counts"] for entry in counts.to_pylist()}
-            result.rejects.append(_rejects(name, before, verdict, dropped))
-        result.funnel[step] = {"in": before.num_rows, "kept": result.kept.num_rows, "rejected": reasons}
-        result.rejected.update({f"{name}:{reason}": count for reason, count in reasons.items()})
+
+class _Flow:
+    """The rows on their way through the chain, with those that are measured although they are rejected already."""
+
+    def __init__(self, table: pa.Table) -> None:
+        self.table = table
+        self.rows = np.arange(table.num_rows)  # their places in the batch
+        self.analysis: Analysis | None = None
+        self._standing: np.ndarray | None = None  # bool[rows]; None: all of them
+
+    @property
+    def count(self) -> int:
+        """Rows that no operator has rejected."""
+        return len(self.rows) if self._standing is None else int(self._standing.sum())
+
+    def reject(self, verdict: Verdict) -> np.ndarray | None:
+        """bool[rows], the rows that this verdict rejects first; None where there are none."""
+        if verdict.reason is None or verdict.reason.null_count == len(verdict.reason):
+            return None
+        dropped: np.ndarray = pc.is_valid(verdict.reason).to_numpy(zero_copy_only=False)
+        if self._standing is not None:
+            dropped = dropped & self._standing
+            if not dropped.any():
+                return None
+        self._standing = ~dropped if self._standing is None else self._standing & ~dropped
+        return dropped
+
+    def drop_rejected(self) -> None:
+        if self._standing is None:
+            return
+        self.table = self.table.filter(pa.array(self._standing))
+        self.rows = self.rows[self._standing]
+        if self.analysis is not None:
+            self.analysis = self.analysis.filter(self._standing)
+        self._standing = None
 
 
 def _rejects(name: str, before: pa.Table, verdict: Verdict, dropped: pa.Array) -> pa.Table:
@@ -93,10 +145,16 @@ def _rejects(name: str, before: pa.Table, verdict: Verdict, dropped: pa.Array) -
         "operator": pa.array([name] * count),
         "reason": verdict.reason.filter(dropped),
         "value": values,
-        "detail": rows["url"] if "url" in rows.column_names else pa.nulls(count, pa.string()),
+        "detail": _detail(rows, verdict.detail.filter(dropped) if verdict.detail is not None else None),
         "quarantined": pa.array(np.zeros(count, bool)),
     }
     return pa.table(columns).cast(tables.REJECTS)
+
+
+def _detail(rows: pa.Table, told: pa.Array | None) -> Any:
+    """What the verdict tells about a row, else its URL."""
+    url = rows["url"].cast(pa.string()) if "url" in rows.column_names else pa.nulls(rows.num_rows, pa.string())
+    return url if told is None else pc.coalesce(told, url)
 
 
 def _entered(rows: pa.Table) -> Any:

@@ -4,6 +4,7 @@ A stage's directory holds
 
     parts/NNNNNNNN-KKK-HHHHHHHHHHHH.parquet      rows of unit N, part K; H is the start of the file's SHA-256
     rejects/NNNNNNNN-KKK-HHHHHHHHHHHH.parquet    rejected and quarantined rows of unit N (tables.REJECTS)
+    measures/NNNNNNNN-KKK-HHHHHHHHHHHH.parquet   what the filters of a corpus stage measured (operators.measures), if it was kept
     units/NNNNNNNN.json                          the record that commits unit N: names, checksums, ledger, statistics
     timings/NNNNNNNN.json                        seconds, peak memory, attempts; never compared
     manifest.json                                the finished stage; a directory without one is unfinished
@@ -73,6 +74,7 @@ class Manifest:
     files: dict[str, Any] = field(default_factory=dict)  # other outputs, e.g. {"tokenizer": "tokenizer.json"}
     schema: list[list[str]] = field(default_factory=list)  # [column, Arrow type] of the parts
     versions: dict[str, str] = field(default_factory=dict)
+    measures: list[dict[str, Any]] = field(default_factory=list)  # as `parts`
 
     @property
     def rows(self) -> int:
@@ -111,6 +113,7 @@ class UnitWriter:
         self._streams = {
             "parts": _PartStream(directory, "parts", unit, max_part_bytes),
             "rejects": _PartStream(directory, "rejects", unit, max_part_bytes),
+            "measures": _PartStream(directory, "measures", unit, max_part_bytes),
         }
         self._started, self._cpu = time.time(), _cpu_seconds()
 
@@ -122,13 +125,17 @@ class UnitWriter:
         """Append rows of schema tables.REJECTS."""
         self._streams["rejects"].write(table)
 
+    def measure(self, table: pa.Table) -> None:
+        """Append rows of measures (see operators.measures). All tables of one unit have one schema."""
+        self._streams["measures"].write(table)
+
     def commit(self, ledger: Ledger, stats: dict[str, Any] | None = None, extra: dict[str, Any] | None = None) -> dict[str, Any]:
         """Publish the files, then the unit's record. Returns the record that is in force (an earlier one, if any).
 
         Raises LedgerError when the account does not balance or disagrees with the rows written.
         """
         ledger.check(f"{self.directory}, unit {self.unit}")
-        parts, rejects = (self._streams[kind].close() for kind in ("parts", "rejects"))
+        parts, rejects, measures = (self._streams[kind].close() for kind in ("parts", "rejects", "measures"))
         written = sum(part["rows"] for part in parts)
         if written != ledger.kept:
             raise RuntimeError(f"{self.directory}, unit {self.unit}: ledger keeps {ledger.kept} rows, {written} were written")
@@ -138,6 +145,7 @@ class UnitWriter:
             "rejects": rejects,
             "ledger": ledger.to_json(),
             "stats": stats or {},
+            **({"measures": measures} if measures else {}),
             **(extra or {}),
         }
         storage.write_bytes(
@@ -229,7 +237,9 @@ def committed_units(directory: str) -> dict[int, dict[str, Any]]:
 def copy_unit(source: str, record: dict[str, Any], directory: str, unit: int) -> None:
     """Take over a committed unit of another directory under the number `unit` (names carry the number, so they change)."""
     renamed: dict[str, list[dict[str, Any]]] = {}
-    for kind in ("parts", "rejects"):
+    for kind in ("parts", "rejects", "measures"):
+        if kind not in record:
+            continue
         renamed[kind] = []
         for part in record[kind]:
             name = f"{kind}/{unit:08d}-{part['name'].split('-', 1)[1]}"
@@ -277,13 +287,14 @@ def finish(
         equation.check(f"stage {stage}")
     parts = [part for number in sorted(records) for part in records[number]["parts"]]
     rejects = [part for number in sorted(records) for part in records[number]["rejects"]]
+    measures = [part for number in sorted(records) for part in records[number].get("measures", [])]
     schema: list[list[str]] = []
     if parts:
         with storage.open_input(storage.join(directory, parts[0]["name"])) as stream:
             schema = [[f.name, str(f.type)] for f in pq.read_schema(stream)]
     manifest = Manifest(
         stage, kind, fingerprint, config, inputs, parts, rejects, total, merged,
-        [equation.__dict__ for equation in equations], view, files or {}, schema, _versions(),
+        [equation.__dict__ for equation in equations], view, files or {}, schema, _versions(), measures,
     )  # fmt: skip
     unit_times = [json.loads(storage.read_bytes(entry.path)) for entry in _list(storage.join(directory, "timings"))]
     storage.write_bytes(

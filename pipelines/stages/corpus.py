@@ -8,6 +8,7 @@ from pydantic import Field
 
 from operators import registry
 from operators.corpus import run_corpus
+from operators.measures import Measure
 from operators.sources.units import ReadSettings, check_files
 from operators.stage import Stage, StageContext
 from operators.supervise import Limits
@@ -28,6 +29,11 @@ class CorpusStage(Stage):
         default_factory=list, description="operator names, `{name: {option: value}}`, or import paths `package.module:Class`"
     )
     batch_rows: int = Field(2048, ge=1, description="rows of one batch; memory grows with it, the result does not depend on it")
+    measure: Measure = Field(
+        "seen",
+        description="scores to keep for `danlu decide`: of the rows that a filter `seen`, of `all` rows that come to a run of "
+        "filters, rejected ones too, or `none`; what is kept does not depend on it",
+    )
     unit_memory_bytes: int = Field(4 << 30, ge=256 << 20, description="resident memory at which a unit's process is ended")
     unit_deadline_s: float = Field(600, gt=0, description="seconds without progress after which a unit's process is ended")
 
@@ -57,6 +63,7 @@ class CorpusStage(Stage):
             [self._resolve(entry, context) for entry in self.operators],
             Limits(self.unit_memory_bytes, self.unit_deadline_s),
             self.batch_rows,
+            self.measure,
         )
 
     @staticmethod
