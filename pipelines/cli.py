@@ -76,6 +76,20 @@ def _parser() -> argparse.ArgumentParser:
     trace.add_argument("--json", action="store_true", help="print one JSON object instead of lines")
     trace.set_defaults(run=_trace)
 
+    stats = commands.add_parser("stats", help="count and measure the rows of a stage or of files", description=_stats.__doc__)
+    stats.add_argument(
+        "path", metavar="PATH", help="RUN/STAGE (e.g. runs/quickstart/clean), a stage's directory, a file, folder or glob"
+    )
+    stats.add_argument("--tokenizer", metavar="DIR", help="count tokens with the tokenizer.json in this directory")
+    stats.add_argument(
+        "--format", metavar="FORMAT", help="how the files are written, as `read: {format: ...}` (default: by file name)"
+    )
+    stats.add_argument("--text-column", metavar="NAME", help="column or key of the text in files (default: text)")
+    stats.add_argument("--columns", metavar="NAME[:TYPE]", nargs="+", help="further columns of files to count or measure")
+    stats.add_argument("--workers", type=_positive, default=2, metavar="N", help="processes (default: 2)")
+    stats.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
+    stats.set_defaults(run=_stats)
+
     submit = commands.add_parser("submit", help="run a recipe as a Ray job on a cluster", description=_submit.__doc__)
     _run_options(submit)
     submit.add_argument("--address", required=True, metavar="URL", help="the cluster's job server, e.g. http://127.0.0.1:8265")
@@ -212,6 +226,22 @@ def _trace(parsed: argparse.Namespace) -> int:
             _OUT.print(f"{event.stage:<16} {event.what:<12} {event.detail}", markup=False)
     if not events:
         raise FileNotFoundError(f"no stage of {parsed.directory} knows a row with id {parsed.id!r}")
+    return 0
+
+
+def _stats(parsed: argparse.Namespace) -> int:
+    """Count rows, characters, words and tokens, by language, and tell the distribution of lengths and of every score."""
+    import json
+
+    from pipelines.stats import statistics, tables
+
+    options = {"format": parsed.format, "text_column": parsed.text_column, "columns": parsed.columns}
+    given = {name: value for name, value in options.items() if value is not None}
+    found = statistics(parsed.path, tokenizer=parsed.tokenizer, workers=parsed.workers, options=given)
+    if parsed.json:
+        _OUT.print(json.dumps(found.to_json(), ensure_ascii=False), markup=False)
+    else:
+        _OUT.print(tables(found))
     return 0
 
 
