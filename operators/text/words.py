@@ -2,7 +2,8 @@
 
 Spaced scripts are split as spaCy's blank English pipeline does (whitespace, then prefixes, suffixes, exceptions and
 infixes; spacy/tokenizer.pyx and spacy/lang/punctuation.py, MIT), which is what Gopher's rules count in datatrove.
-Chinese is segmented by jieba, as for datatrove's `cmn_Hani`. A text with much kana is Japanese: each of its Han and kana
+Chinese is segmented by jieba, as for datatrove's `cmn_Hani`; where a tenth of a text is Han, its other words are jieba's
+too (letters and digits, single marks). A text with much kana is Japanese: each of its Han and kana
 characters is a word, and so is each base character (with its marks) of Thai, Lao, Khmer, Burmese and Tibetan.
 """
 
@@ -140,6 +141,24 @@ def decode(data, start, end, points, where):  # type: ignore[no-untyped-def]
         count += 1
     where[count] = end
     return count
+
+
+@numba.njit(cache=True, nogil=True, inline="always")
+def decode_one(data, i):  # type: ignore[no-untyped-def]
+    """(code point that begins at byte `i` of valid UTF-8, its bytes)."""
+    first = np.int32(data[i])
+    if first < 0x80:
+        return first, 1
+    if first < 0xE0:
+        return ((first & 0x1F) << 6) | (np.int32(data[i + 1]) & 0x3F), 2
+    if first < 0xF0:
+        return ((first & 0x0F) << 12) | ((np.int32(data[i + 1]) & 0x3F) << 6) | (np.int32(data[i + 2]) & 0x3F), 3
+    return (
+        ((first & 0x07) << 18)
+        | ((np.int32(data[i + 1]) & 0x3F) << 12)
+        | ((np.int32(data[i + 2]) & 0x3F) << 6)
+        | (np.int32(data[i + 3]) & 0x3F)
+    ), 4
 
 
 @numba.njit(cache=True, nogil=True, inline="always")
@@ -447,6 +466,31 @@ def _spaced(data, where, points, bits, low, high, words, out, hashes, pieces, un
 
 
 @numba.njit(cache=True, nogil=True)
+def _is_mostly_han(bits, count):  # type: ignore[no-untyped-def]
+    """Whether a tenth of what is no space is Han: below that, the rules of spaced text fit the rest better."""
+    han = total = 0
+    for i in range(count):
+        han += (bits[i] & HAN) != 0
+        total += (bits[i] & SPACE) == 0
+    return han * 10 >= total
+
+
+@numba.njit(cache=True, nogil=True)
+def _jieba_end(points, begin, count):  # type: ignore[no-untyped-def]
+    r"""Where the word of other than Han characters that begins there ends: `[a-zA-Z0-9]+(?:\.[0-9]+)?%?`, or one character."""
+    i = begin
+    while i < count and (48 <= points[i] <= 57 or 65 <= points[i] <= 90 or 97 <= points[i] <= 122):
+        i += 1
+    if i == begin:
+        return begin + 1
+    if i + 1 < count and points[i] == 46 and 48 <= points[i + 1] <= 57:
+        i += 2
+        while i < count and 48 <= points[i] <= 57:
+            i += 1
+    return i + 1 if i < count and points[i] == 37 else i
+
+
+@numba.njit(cache=True, nogil=True)
 def _split(data, starts, ends, table, cuts, hashes, pieces, units, out, word_offsets):  # type: ignore[no-untyped-def]
     """Words of every text into the arrays of `out`; `cuts` are the lengths of the Chinese words, in order."""
     longest = 0
@@ -462,6 +506,7 @@ def _split(data, starts, ends, table, cuts, hashes, pieces, units, out, word_off
         for i in range(count):
             bits[i] = class_of(table, points[i])
         chinese = _is_chinese(points, count, table)
+        jieba = chinese and _is_mostly_han(bits, count)
         i = 0
         while i < count:
             if bits[i] & SPACE:
@@ -474,6 +519,10 @@ def _split(data, starts, ends, table, cuts, hashes, pieces, units, out, word_off
                 continue
             begin = i
             i += 1
+            if jieba:
+                i = _jieba_end(points, begin, count)
+                words = _emit(data, where, points, bits, begin, i, words, out)
+                continue
             if bits[begin] & unspaced:
                 while i < count and bits[i] & MARK:
                     i += 1
