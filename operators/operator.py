@@ -67,6 +67,10 @@ class Operator:
         if missing:
             raise KeyError(f"operator {self.name} needs column {missing}; the table has {columns}")
 
+    def may_reject(self) -> bool:
+        """False where these settings let every row pass, which a replay of decisions has to know."""
+        return True
+
     def files(self) -> list[str]:
         """Files that the result depends on (a model, a word list): their content enters the stage's fingerprint."""
         return []

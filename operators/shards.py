@@ -195,7 +195,12 @@ class _PartStream:
         self._pending, self._pending_bytes = [], 0
         if self._writer is None:
             self._scratch = storage.scratch_file(self._directory)
-            self._writer = pq.ParquetWriter(self._scratch, table.schema, compression="zstd", store_schema=True)
+            encoded: Any = True
+            if self._kind == "measures":  # numbers that hardly repeat: a dictionary would cost more than it saves
+                encoded = [item.name for item in table.schema if not pa.types.is_floating(item.type)]
+            self._writer = pq.ParquetWriter(
+                self._scratch, table.schema, compression="zstd", store_schema=True, use_dictionary=encoded
+            )
         self._writer.write_table(table, row_group_size=max(1, table.num_rows))
         self._rows += table.num_rows
         if os.path.getsize(self._scratch) >= self._max_bytes:

@@ -142,6 +142,9 @@ class RedactPii(Operator):
     adds = tuple(f"pii_{kind}" for kind in _ORDER)
     changes_text = True
 
+    def may_reject(self) -> bool:
+        return self.config.max_count is not None
+
     def process(self, table: pa.Table, analysis: Analysis | None = None) -> Verdict:
         column = table["text"].cast(pa.large_string())
         text = pc.fill_null(column.combine_chunks(), "") if table.num_rows else pa.array([], pa.large_string())
