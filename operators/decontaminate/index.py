@@ -128,7 +128,7 @@ def _pack(anchor: int, ids: list[tuple[str, str, str]], grams: list[list[bytes]]
     flat = [flat[i] for i in order]
     offsets = np.zeros(len(flat) + 1, np.int64)
     np.cumsum([len(codes) for codes in flat], out=offsets[1:])
-    hashes, first = np.unique(keys, return_index=True)
+    hashes, first = np.unique(keys[order], return_index=True)
     words = 1 << max(6, (len(hashes) * 32 // 64).bit_length())
     bits = np.zeros(words, np.uint64)
     _set_bits(hashes, bits)
@@ -222,14 +222,12 @@ def _ends_at(data: np.ndarray, position: int, end: int, table: np.ndarray, codes
     return -1
 
 
-@nb.njit(inline="always")
+@nb.njit(cache=True, nogil=True)
 def _probe(
-    data: np.ndarray, start: int, end: int, table: np.ndarray, total: np.uint64, bits: np.ndarray, hashes: np.ndarray,
-    first: np.ndarray, offsets: np.ndarray, codes: np.ndarray, row: int, begin: int, out: np.ndarray, found: int,
+    data: np.ndarray, start: int, end: int, table: np.ndarray, key: np.uint64, hashes: np.ndarray, first: np.ndarray,
+    offsets: np.ndarray, codes: np.ndarray, row: int, begin: int, out: np.ndarray, found: int,
 ) -> int:  # fmt: skip
-    key = _finish(total)
-    if (bits[(key >> np.uint64(6)) & np.uint64(len(bits) - 1)] >> (key & np.uint64(63))) & np.uint64(1) == 0:
-        return found
+    """Write the n-grams with this anchor that do stand at `start`; the new number of hits."""
     at = np.searchsorted(hashes, key)
     if at == len(hashes) or hashes[at] != key:
         return found
@@ -248,7 +246,7 @@ def _scan(
     first: np.ndarray, offsets: np.ndarray, codes: np.ndarray, out: np.ndarray,
 ) -> int:  # fmt: skip
     """Fill `out` int64[capacity, 4] with (row, n-gram, start, end); returns how many there are, even beyond its capacity."""
-    leaving = np.uint64(1)
+    leaving, mask = np.uint64(1), np.uint64(len(bits) - 1)
     for _ in range(anchor):
         leaving *= _STEP
     values, starts = np.zeros(anchor, np.uint64), np.zeros(anchor, np.int64)
@@ -257,8 +255,8 @@ def _scan(
         begin, end = text_offsets[row], text_offsets[row + 1]
         position, total, count, slot, inside, h, token_start = begin, np.uint64(0), 0, 0, False, _SEED, begin
         while position <= end:
-            boundary, alone, width, entry = position == end, False, 1, SEPARATOR
-            if not boundary:
+            alone, width, entry = False, 1, SEPARATOR
+            if position < end:
                 if data[position] < 0x80:
                     entry = table[data[position]]
                 else:
@@ -268,13 +266,18 @@ def _scan(
                     position += width
                     continue
                 alone = (entry & UNSPACED) != 0
-                boundary = alone or entry == SEPARATOR
-            if not boundary:
-                if not inside:
-                    h, inside, token_start = _SEED, True, position
-                h = (h ^ np.uint64(entry & CODE)) * _STEP
-                position += width
-                continue
+                if entry != SEPARATOR and not alone:
+                    if not inside:
+                        h, inside, token_start = _SEED, True, position
+                    h = (h ^ np.uint64(entry & CODE)) * _STEP
+                    position += width
+                    while position < end and data[position] < 0x80 and table[data[position]] > SEPARATOR:  # the word's ASCII
+                        h = (h ^ np.uint64(table[data[position]] & CODE)) * _STEP
+                        position += 1
+                    continue
+                if entry == SEPARATOR and not inside:
+                    position += width
+                    continue
             for which in range(2):  # the word that ends here, then the character that stands alone
                 if which == 0 and not inside:
                     continue
@@ -290,9 +293,10 @@ def _scan(
                 slot = slot + 1 if slot + 1 < anchor else 0
                 count += 1
                 inside = False
-                if count >= anchor:
-                    found = _probe(
-                        data, starts[slot], end, table, total, bits, hashes, first, offsets, codes, row, begin, out, found
-                    )
+                if count < anchor:
+                    continue
+                key = _finish(total)
+                if (bits[(key >> np.uint64(6)) & mask] >> (key & np.uint64(63))) & np.uint64(1):
+                    found = _probe(data, starts[slot], end, table, key, hashes, first, offsets, codes, row, begin, out, found)
             position += width
     return found
