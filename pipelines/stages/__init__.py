@@ -9,6 +9,7 @@ STAGES: dict[str, str] = {
     "corpus": "pipelines.stages.corpus:CorpusStage",
     "quality_classifier": "pipelines.stages.quality:QualityClassifierStage",
     "dedup": "pipelines.stages.dedup:DedupStage",
+    "export": "pipelines.stages.export:ExportStage",
     "score": "pipelines.stages.quality:ScoreStage",
     "select": "pipelines.stages.sampling:SelectStage",
     "mix": "pipelines.stages.sampling:MixStage",
