@@ -1,4 +1,4 @@
-"""One partition of the key space: from its records to the few pairs that connect its duplicates."""
+"""One partition of the key space, or one part's confirmed pairs: the few pairs that connect its duplicates."""
 
 from __future__ import annotations
 
@@ -7,28 +7,30 @@ from dataclasses import dataclass
 import numpy as np
 
 from operators.dedup import components
-from operators.dedup.options import DedupOptions
 from operators.dedup.verify import LoadSets, confirm
 
 
 @dataclass(frozen=True)
 class Joined:
-    """A forest of (larger, smaller) pairs. `edges` counts members minus buckets, or with `verify` the confirmed pairs."""
+    """A forest of (larger, smaller) pairs uint64, of which `edges` counts what it was made from: members minus buckets, or
+    confirmed pairs. `similarity` float64 of confirmed pairs (1 exactly: equal shingle sets), None for others."""
 
     larger: np.ndarray
     smaller: np.ndarray
     edges: int
-    checked: int = 0
-    unchecked: int = 0
+    similarity: np.ndarray | None = None
 
 
-def join_records(kind: str, records: np.ndarray, options: DedupOptions, load: LoadSets) -> Joined:
-    """Join the buckets of records (hashes..., ordinal) of a kind; near-duplicates are confirmed through `load` if asked for."""
+def join_records(records: np.ndarray, base: int = 0) -> Joined:
+    """Join the buckets of records (hashes..., ordinal); `base` as in `components.buckets`."""
     keys, ordinals = [records[:, i] for i in range(records.shape[1] - 1)], records[:, -1]
-    if kind == "bands" and options.verify:
-        members, starts = components.buckets(keys, ordinals)
-        found = confirm(members, starts, options.threshold, options.verify_pairs, load)
-        larger, smaller = components.forest(found.larger, found.smaller)
-        return Joined(larger, smaller, found.confirmed, found.checked, found.unchecked)
-    larger, smaller = components.bucket_pairs(keys, ordinals)
+    larger, smaller = components.bucket_pairs(keys, ordinals, base)
     return Joined(*components.forest(larger, smaller), len(larger))
+
+
+def join_confirmed(pairs: np.ndarray, same: np.ndarray, threshold: float, load: LoadSets) -> Joined:
+    """Compare distinct `pairs` (see verify.Candidates) and join those at the threshold; `same` are joined as they are."""
+    found, similar = confirm(pairs, threshold, load)
+    mask = components.forest_mask(found[:, 0], found[:, 1])
+    both = np.concatenate([found[mask], same])
+    return Joined(both[:, 0], both[:, 1], len(found) + len(same), np.concatenate([similar[mask], np.ones(len(same))]))

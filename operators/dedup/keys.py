@@ -25,7 +25,7 @@ KINDS = {"exact": 3, "bands": 2, "ids": 2}
 class Keys:
     """Keys of n documents. `records` maps a kind to uint64[records, width]; the last value is the document's ordinal.
 
-    `sketch` uint8[n, permutations] (zeros for unsigned documents) and `scores` float64[n] are None where not asked for.
+    `sketch` uint8[n, permutations] (zeros for unsigned documents) and `scores` (see there) are None where not asked for.
     """
 
     records: dict[str, np.ndarray]
@@ -60,13 +60,20 @@ def document_keys(batch: pa.RecordBatch | pa.Table, ordinals: np.ndarray, option
 
 
 def scores(batch: pa.RecordBatch | pa.Table, options: DedupOptions) -> np.ndarray | None:
-    """What the keep rule compares: float64[rows], or None when the first row stays. Characters for `longest`."""
-    if options.keep == "first":
-        return None
+    """What decides who stays, column by column, the highest first: float64[rows, options.score_columns], None without any.
+
+    First the precedence of the row's source, then what the keep rule compares: characters for `longest`, the column for `best`.
+    """
+    columns = []
+    if options.priority:
+        place = pc.index_in(batch.column(options.priority_column).cast(pa.string()), pa.array(options.priority, pa.string()))
+        columns.append(-pc.fill_null(place, len(options.priority)).to_numpy(zero_copy_only=False).astype(float))
     if options.keep == "longest":
-        return pc.fill_null(pc.utf8_length(batch.column(options.column)), 0).cast(pa.float64()).to_numpy(zero_copy_only=False)
-    values = pc.fill_null(batch.column(options.keep_column).cast(pa.float64()), -np.inf).to_numpy(zero_copy_only=False)
-    return np.round(np.where(np.isnan(values), -np.inf, values), 6)
+        columns.append(pc.fill_null(pc.utf8_length(batch.column(options.column)), 0).to_numpy(zero_copy_only=False).astype(float))
+    elif options.keep == "best":
+        values = pc.fill_null(batch.column(options.keep_column).cast(pa.float64()), -np.inf).to_numpy(zero_copy_only=False)
+        columns.append(np.round(np.where(np.isnan(values), -np.inf, values), 6))
+    return np.column_stack(columns) if columns else None
 
 
 def document_shingles(batch: pa.RecordBatch | pa.Table, options: ShingleOptions) -> tuple[np.ndarray, np.ndarray]:

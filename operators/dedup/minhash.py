@@ -14,10 +14,11 @@ import ray
 
 from operators.config import parse
 from operators.dedup import components, removed
-from operators.dedup.join import join_records
+from operators.dedup.join import Joined, join_confirmed, join_records
 from operators.dedup.keys import KINDS, document_keys, document_shingles, split
 from operators.dedup.options import DedupOptions
-from operators.dedup.stage import partitions_for
+from operators.dedup.plan import partitions_for
+from operators.dedup.verify import candidate_pairs, fingerprints, unique_pairs
 
 Refs = list[Any]
 """Object references; Ray's own types do not know tasks of several returns."""
@@ -101,12 +102,16 @@ def _find(blocks: Refs, firsts: np.ndarray, options: DedupOptions) -> tuple[Refs
         pieces.append(returned[:-1])
         extras.append(returned[-1])
     by_partition = [[records[partition] for records in pieces] for partition in range(partitions)]
-    sets: Refs = []
+    exact: Refs = [_join.remote("exact", *records) for records in by_partition]
+    near: Refs
     if options.finds_near and options.verify:
         candidates = [_candidates.remote(*records) for records in by_partition]
         sets = [_shingles.remote(block, int(first), options, candidates) for block, first in zip(blocks, firsts[:-1], strict=True)]
-    pairs = [_join.remote(options, firsts, sets, *records) for records in by_partition]
-    outcome: Any = _resolve.options(num_returns=2 * len(blocks)).remote(options, firsts, pairs, extras)
+        listed = [_pairs.remote(options, firsts, sets, *records) for records in by_partition]
+        near = [_confirm.remote(options, firsts, number, sets, listed) for number in range(len(blocks))]
+    else:
+        near = [_join.remote("bands", *records) for records in by_partition]
+    outcome: Any = _resolve.options(num_returns=2 * len(blocks)).remote(options, firsts, exact, near, extras)
     gone, wanted = outcome[: len(blocks)], outcome[len(blocks) :]
     cards = [_cards.remote(*each) for each in zip(blocks, firsts[:-1].tolist(), wanted, extras, strict=True)]
     return gone, extras, cards
@@ -142,9 +147,13 @@ def _candidates(*records: dict[str, np.ndarray]) -> np.ndarray:
     return np.unique(components.buckets([found[:, 0]], found[:, 1])[0])
 
 
+Sets = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
+"""(ordinals, hashes, offsets, fingerprints) of some rows of a block."""
+
+
 @ray.remote
-def _shingles(block: pa.Table, first: int, options: DedupOptions, candidates: Refs) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(ordinals, hashes, offsets) of the block's candidates."""
+def _shingles(block: pa.Table, first: int, options: DedupOptions, candidates: Refs) -> Sets:
+    """The shingle sets of the block's candidates."""
     mask = np.zeros(block.num_rows, bool)
     for reference in candidates:
         shared: Any = ray.get(reference)
@@ -152,51 +161,75 @@ def _shingles(block: pa.Table, first: int, options: DedupOptions, candidates: Re
         mask[(shared[inside] - np.uint64(first)).astype(np.int64)] = True
     ordinals: np.ndarray = np.flatnonzero(mask).astype(np.uint64) + np.uint64(first)
     if not mask.any():
-        return ordinals, np.empty(0, np.uint64), np.zeros(1, np.int64)
+        return ordinals, np.empty(0, np.uint64), np.zeros(1, np.int64), np.empty(0, np.uint64)
     hashes, offsets = document_shingles(block.filter(pa.array(mask)), options)
-    return ordinals, hashes, offsets
+    return ordinals, hashes, offsets, fingerprints(hashes, offsets)
+
+
+def _sets_of(sets: Refs, firsts: np.ndarray, wanted: np.ndarray) -> list[tuple[Sets, np.ndarray]]:
+    """(the sets of a block, which of them are wanted) for sorted ordinals."""
+    bounds, found = np.searchsorted(wanted, firsts), []
+    for number in np.flatnonzero(np.diff(bounds)).tolist():
+        known: Sets = ray.get(sets[number])
+        found.append((known, np.searchsorted(known[0], wanted[bounds[number] : bounds[number + 1]])))
+    return found
 
 
 @ray.remote
-def _join(options: DedupOptions, firsts: np.ndarray, sets: Refs, *records: dict[str, np.ndarray]) -> dict[str, Any]:
-    """For each kind the forest of the partition: (larger, smaller)."""
+def _pairs(options: DedupOptions, firsts: np.ndarray, sets: Refs, *records: dict[str, np.ndarray]) -> Any:
+    """For each block the (pairs, same) of the partition whose larger row it has."""
+    found = _gather("bands", records)
+    members, starts = components.buckets([found[:, 0]], found[:, 1])
+    ordinals = np.unique(members)
+    prints = np.concatenate([np.empty(0, np.uint64), *(known[3][rows] for known, rows in _sets_of(sets, firsts, ordinals))])
+    listed = candidate_pairs(members, starts, prints[np.searchsorted(ordinals, members)], options.verify_pairs)
+    cuts = [np.split(rows, np.searchsorted(rows[:, 0], firsts[1:-1])) for rows in (listed.pairs, listed.same)]
+    return list(zip(*cuts, strict=True))
+
+
+@ray.remote
+def _confirm(options: DedupOptions, firsts: np.ndarray, number: int, sets: Refs, listed: Refs) -> Joined:
+    """The pairs whose larger row is in a block, each compared once."""
+    ours: list[Any] = [ray.get(reference)[number] for reference in listed]
+    pairs, same = (unique_pairs(np.concatenate([np.empty((0, 2), np.uint64), *(each[i] for each in ours)])) for i in (0, 1))
 
     def load(wanted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         pieces, sizes = [np.empty(0, np.uint64)], [np.zeros(1, np.int64)]
-        bounds = np.searchsorted(wanted, firsts)
-        for number in np.flatnonzero(np.diff(bounds)).tolist():
-            ordinals, hashes, offsets = ray.get(sets[number])
-            rows = np.searchsorted(ordinals, wanted[bounds[number] : bounds[number + 1]])
+        for (_, hashes, offsets, _), rows in _sets_of(sets, firsts, wanted):
             pieces += [hashes[offsets[row] : offsets[row + 1]] for row in rows.tolist()]
             sizes.append(np.diff(offsets)[rows])
         return np.concatenate(pieces), np.cumsum(np.concatenate(sizes))
 
-    joined = {kind: join_records(kind, _gather(kind, records), options, load) for kind in ("exact", "bands")}
-    return {kind: (each.larger, each.smaller) for kind, each in joined.items()}
+    return join_confirmed(pairs, same, options.threshold, load)
 
 
 @ray.remote
-def _resolve(options: DedupOptions, firsts: np.ndarray, pairs: Refs, extras: Refs) -> tuple[np.ndarray, ...]:
-    """For each block its removed rows uint64[n, 4]; then for each block the ordinals that removed rows refer to."""
-    found: list[Any] = [ray.get(reference) for reference in pairs]
+def _join(kind: str, *records: dict[str, np.ndarray]) -> Joined:
+    return join_records(_gather(kind, records))
+
+
+@ray.remote
+def _resolve(options: DedupOptions, firsts: np.ndarray, exact: Refs, near: Refs, extras: Refs) -> tuple[np.ndarray, ...]:
+    """For each block its removed rows uint64[n, 5]; then for each block the ordinals that removed rows refer to."""
     none = np.empty(0, np.uint64)
-    exact, near = (
-        (
-            np.concatenate([none, *(each[kind][0] for each in found)]),
-            np.concatenate([none, *(each[kind][1] for each in found)]),
-        )
-        for kind in ("exact", "bands")
-    )
+    found: Any = [[ray.get(reference) for reference in references] for references in (exact, near)]
+    pairs = [
+        (np.concatenate([none, *(e.larger for e in each)]), np.concatenate([none, *(e.smaller for e in each)])) for each in found
+    ]
+    similarity = np.concatenate([np.empty(0), *(e.similarity for e in found[1] if e.similarity is not None)])
     scores = None
-    if options.keep != "first":
-        members = components.members_of(exact, near)
-        bounds, pieces = np.searchsorted(members, firsts), [np.empty(0)]
+    if options.score_columns:
+        members = components.members_of(pairs[0], pairs[1])
+        bounds, pieces = np.searchsorted(members, firsts), [np.empty((0, options.score_columns))]
         for number in np.flatnonzero(np.diff(bounds)).tolist():
             local = (members[bounds[number] : bounds[number + 1]] - firsts[number]).astype(np.int64)
             pieces.append(ray.get(extras[number])[1][local])
         scores = np.concatenate(pieces)
-    result = components.resolve(exact, near, scores)
-    rows = np.column_stack([result.ordinals, result.kept, result.match, result.kind.astype(np.uint64)])
+    verified = similarity if options.finds_near and options.verify else None
+    result = components.resolve(pairs[0], pairs[1], scores, similarity=verified)
+    rows = np.column_stack(
+        [result.ordinals, result.kept, result.match, result.kind.astype(np.uint64), result.similarity.view(np.uint64)]
+    )
     wanted = np.unique(rows[:, 1:3])
     gone = np.split(rows, np.searchsorted(result.ordinals, firsts[1:-1]))
     return *gone, *np.split(wanted, np.searchsorted(wanted, firsts[1:-1]))
@@ -213,7 +246,7 @@ def _ids(block: pa.Table, first: int) -> pa.Array:
 @ray.remote
 def _cards(block: pa.Table, first: int, wanted: np.ndarray, extra: tuple[Any, Any]) -> pa.Table:
     local, sketch = (wanted - np.uint64(first)).astype(np.int64), extra[0]
-    rows = sketch[local] if sketch is not None else np.zeros((len(local), 1), np.uint8)
+    rows = sketch[local] if sketch is not None else None
     return removed.cards_table(wanted, _ids(block, first).take(pa.array(local)), rows)
 
 
@@ -232,5 +265,6 @@ def _removed_rows(
         return removed.SCHEMA.empty_table()
     tables = [ray.get(cards[source]) for source in removed.sources(gone, firsts)]
     first = int(firsts[number])
-    known = pa.concat_tables(tables).combine_chunks().sort_by("ordinal")
-    return removed.removed_table(gone, first, _ids(block, first), extra[0], known)
+    count = len(firsts) - 1
+    numbering = removed.Numbering(firsts, [None] * count, np.zeros(count, np.int64))
+    return removed.removed_table(gone, first, _ids(block, first), extra[0], removed.join_cards(tables), numbering)

@@ -63,12 +63,24 @@ class DedupOptions(ShingleOptions):
         "first",
         description="who stays of a cluster: the first row, the longest text or the highest `keep_column`; ties: the first",
     )
+    priority: list[str] | None = Field(
+        None,
+        description="sources in order of precedence, before `keep`: a row of an earlier one stays; sources not listed come last",
+    )
+    priority_column: str = Field("source", description="the column whose values `priority` lists")
     keep_column: str = Field("quality", description="numbers that `keep: best` compares, rounded to 6 decimals; null is lowest")
     verify: bool = Field(
         False, description="confirm every pair of a bucket by the exact Jaccard similarity of its shingles (reads candidates again)"
     )
-    verify_pairs: int = Field(10_000, ge=1, description="pairs checked in one bucket at most; the rest is counted as unchecked")
-    similarity: bool = Field(True, description="estimate the similarity of each removed row and its match (1 byte a permutation)")
+    verify_pairs: int = Field(
+        10_000,
+        ge=1,
+        description="pairs checked in one bucket at most, beside those with its first row; the rest is counted as unchecked",
+    )
+    similarity: bool = Field(
+        True,
+        description="estimate the similarity of each removed row and its match (1 byte a permutation); verified ones are exact",
+    )
     partitions: int | None = Field(None, ge=1, le=65536, description="pieces of the key space; default: about 64 MB of keys each")
 
     @pydantic.model_validator(mode="after")
@@ -94,6 +106,11 @@ class DedupOptions(ShingleOptions):
         return "exact" in self.methods or self.exact
 
     @property
+    def score_columns(self) -> int:
+        """How many numbers decide who stays, before the order of the rows does."""
+        return bool(self.priority) + (self.keep != "first")
+
+    @property
     def shape(self) -> tuple[int, int]:
         """(bands, rows)."""
         if self.bands is not None and self.rows is not None:
@@ -107,5 +124,6 @@ class DedupOptions(ShingleOptions):
 
     def columns(self) -> list[str]:
         """The columns a document must have, without its id."""
-        wanted = [self.column, self.language_column, self.keep_column if self.keep == "best" else None]
+        best, source = self.keep_column if self.keep == "best" else None, self.priority_column if self.priority else None
+        wanted = [self.column, self.language_column, best, source]
         return list(dict.fromkeys(name for name in wanted if name))

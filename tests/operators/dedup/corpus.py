@@ -8,8 +8,12 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pytest
 
 from operators import shards
+from operators.dedup import exchange, stage
+from operators.dedup.plan import Plan
+from operators.dedup.schedule import Phase
 from operators.ledger import Ledger
 from operators.stage import StageContext
 from pipelines.stages.dedup import DedupStage
@@ -65,6 +69,22 @@ def run_stage(run: Path, name: str, inputs: dict[str, str], workers: int = 2, **
     context = context_of(run, name, inputs, workers)
     DedupStage(input=list(inputs), **settings).run(context)
     return shards.load_manifest(context.directory)
+
+
+def run_here(context: StageContext, plan: Plan, phases: list[Phase]) -> dict[str, float]:
+    """The scheduler's work in this process, without Ray: what is not committed, last unit first."""
+    for phase in phases:
+        done = exchange.committed(plan.directory, phase.name)
+        for number in reversed(range(phase.units)):
+            if number not in done:
+                phase.run(plan, number)
+    return {}
+
+
+@pytest.fixture
+def without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stages do their units in this process."""
+    monkeypatch.setattr(stage, "run_phases", run_here)
 
 
 def directory_of(run: Path, name: str) -> Path:

@@ -84,7 +84,7 @@ def test_the_kept_set_is_that_of_datasketchs_own_lsh(documents: pa.Table) -> Non
     texts = documents.slice(0, 900)
     options = DedupOptions(threshold=0.7, exact=False, signature="datasketch", similarity=False)
     keys = document_keys(texts, np.arange(len(texts), dtype=np.uint64), options, with_ids=False)
-    joined = [join_records("bands", piece, options, lambda wanted: (NONE, NONE)) for piece in partitioned(keys.records["bands"], 3)]
+    joined = [join_records(piece) for piece in partitioned(keys.records["bands"], 3)]
     near = tuple(np.concatenate([getattr(each, side) for each in joined]) for side in ("larger", "smaller"))
     ours = resolve((NONE, NONE), (near[0], near[1]))
 
