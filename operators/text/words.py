@@ -3,7 +3,7 @@
 Spaced scripts are split as spaCy's blank English pipeline does (whitespace, then prefixes, suffixes, exceptions and
 infixes; spacy/tokenizer.pyx and spacy/lang/punctuation.py, MIT), which is what Gopher's rules count in datatrove.
 Chinese is segmented by jieba, as for datatrove's `cmn_Hani`; where a tenth of a text is Han, its other words are jieba's
-too (letters and digits, single marks). A text with much kana is Japanese: each of its Han and kana
+too (letters and digits, marks). A text with much kana is Japanese: each of its Han and kana
 characters is a word, and so is each base character (with its marks) of Thai, Lao, Khmer, Burmese and Tibetan.
 """
 
@@ -477,17 +477,19 @@ def _is_mostly_han(bits, count):  # type: ignore[no-untyped-def]
 
 @numba.njit(cache=True, nogil=True)
 def _jieba_end(points, begin, count):  # type: ignore[no-untyped-def]
-    r"""Where the word of other than Han characters that begins there ends: `[a-zA-Z0-9]+(?:\.[0-9]+)?%?`, or one character."""
+    r"""Where a word of other than Han characters ends: `[a-zA-Z0-9]+(\.[0-9]+)?%?`, `[+#&._%-]+` or any one character."""
     i = begin
     while i < count and (48 <= points[i] <= 57 or 65 <= points[i] <= 90 or 97 <= points[i] <= 122):
         i += 1
-    if i == begin:
-        return begin + 1
-    if i + 1 < count and points[i] == 46 and 48 <= points[i + 1] <= 57:
-        i += 2
-        while i < count and 48 <= points[i] <= 57:
-            i += 1
-    return i + 1 if i < count and points[i] == 37 else i
+    if i > begin:
+        if i + 1 < count and points[i] == 46 and 48 <= points[i + 1] <= 57:
+            i += 2
+            while i < count and 48 <= points[i] <= 57:
+                i += 1
+        return i + 1 if i < count and points[i] == 37 else i
+    while i < count and (points[i] in (35, 37, 38, 43, 45, 46, 95)):
+        i += 1
+    return max(i, begin + 1)
 
 
 @numba.njit(cache=True, nogil=True)
