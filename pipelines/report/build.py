@@ -33,7 +33,7 @@ from pipelines.report import (
     samples,
     training,
 )
-from pipelines.report.view import SYNTHESIS_KINDS, TRAINING_KINDS, RunView, StageView, load_run
+from pipelines.report.view import CHOOSING_KINDS, SYNTHESIS_KINDS, TRAINING_KINDS, RunView, StageView, load_run
 
 _HERE = Path(__file__).parent
 MAX_CLUSTER_BINS = 24
@@ -84,6 +84,7 @@ def render(run: RunView) -> str:
         classifier_stages=run.of_kind("quality_classifier"),
         corpus_stages=run.of_kind("corpus"),
         dedup_stages=run.of_kind("dedup"),
+        choosing_stages=run.of_kind(*CHOOSING_KINDS),
         token_stages=run.of_kind("tokenizer", "pack"),
         synthesis_stages=run.of_kind("conversations", *SYNTHESIS_KINDS),
         preference_stages=run.of_kind("preferences"),
@@ -106,6 +107,7 @@ def _sections(run: RunView) -> list[str]:
     wanted = {
         "corpus": {"corpus", "quality_classifier"},
         "duplicates": {"dedup"},
+        "choosing": set(CHOOSING_KINDS),
         "tokens": {"tokenizer", "pack"},
         "synthesis": {"conversations", *SYNTHESIS_KINDS},
         "preferences": {"preferences"},

@@ -9,6 +9,7 @@ from typing import Any
 from cluster import storage
 from operators import shards
 
+CHOOSING_KINDS = ("score", "select", "mix")
 SYNTHESIS_KINDS = ("self_instruct", "evol_instruct")
 TRAINING_KINDS = ("pretrain", "sft", "dpo")
 

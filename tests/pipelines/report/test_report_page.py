@@ -268,6 +268,26 @@ def test_a_recipe_of_one_unknown_kind_gets_a_report_without_empty_sections(run_c
     assert "compact<ion>" in page.by_id("stage-clean").text()
 
 
+def test_a_mixture_shows_each_group_with_what_was_taken_and_how_often(run_copy: Path) -> None:
+    record = read_record(run_copy)
+    record["order"] = ["clean"]
+    record["stages"] = {"clean": {**record["stages"]["clean"], "kind": "mix", "inputs": []}}
+    write_record(run_copy, record)
+    path = next((run_copy / "clean").iterdir()) / "manifest.json"
+    manifest = json.loads(path.read_text("utf-8"))
+    groups = {
+        "en<b>": {"documents": 90, "size": 900, "share": 0.75, "repeats": 0.6667, "taken": {"documents": 60, "size": 600}},
+        "zh": {"documents": 10, "size": 100, "share": 0.25, "repeats": 2, "taken": {"documents": 20, "size": 200}},
+    }
+    manifest["kind"], manifest["stats"] = "mix", {"unit": "tokens", "total": 800, "groups": groups}
+    path.write_text(json.dumps(manifest), "utf-8")
+    _, page = _built(run_copy)
+    rows = [[cell.text().strip() for cell in row.children if cell.text().strip()] for row in page.by_id("choosing").all("tr")]
+    assert rows[1] == ["en<b>", "90", "60", "900", "600", "75.0%", "0.6667"]
+    assert rows[2] == ["zh", "10", "20", "100", "200", "25.0%", "2"]
+    assert "取用词元数" in page.by_id("choosing").text("zh")
+
+
 def test_a_directory_without_a_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"run\.json does not exist"):
         build_report(str(tmp_path))
