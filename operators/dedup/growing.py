@@ -125,4 +125,4 @@ def publish_generation(plan: Plan, number: int) -> None:
     }
     path = storage.join(plan.generation, "generation.json")
     storage.create_if_absent(path, json.dumps(record, indent=1, sort_keys=True).encode())
-    exchange.commit(plan.directory, "publish", number, {"rows": rows, "bytes": sum(sizes.values())})
+    exchange.commit(plan.directory, "publish", number, {})

@@ -54,6 +54,11 @@ class Generation:
     directory: str
     record: dict[str, Any]
 
+    @property
+    def size(self) -> dict[str, int]:
+        """Rows, and bytes of all its files but the record."""
+        return {"rows": self.record["rows"], "bytes": sum(self.record["bytes"].values())}
+
     def parts(self, first_ordinal: int) -> list[KnownPart]:
         found, first_row = [], 0
         for number, rows in enumerate(self.record["part_rows"]):
@@ -80,9 +85,13 @@ def settings_of(options: DedupOptions) -> dict[str, Any]:
 
 def generations(index: str) -> list[Generation]:
     """The complete generations of an index, those that were compared with others after them; none if it does not exist yet."""
-    directories = storage.list_directories(index)
-    found = [load(directory) for directory in directories if storage.exists(storage.join(directory, "generation.json"))]
+    found = [load(directory) for directory in storage.list_directories(index) if is_complete(directory)]
     return sorted(found, key=lambda each: (len(each.record["against"]), each.name))
+
+
+def is_complete(directory: str) -> bool:
+    """Whether a generation was published."""
+    return storage.exists(storage.join(directory, "generation.json"))
 
 
 def load(directory: str) -> Generation:

@@ -39,18 +39,20 @@ def run_dedup(
     """
     started = time.time()
     known: list[index.Generation] = []
-    generation = None
+    generation = own = None
     if kept is not None:
         known = index.pin(kept, context.fingerprint, context.directory)
         index.compare_settings(kept, known, options)
+        own = storage.join(kept, context.fingerprint)
         if grow and context.limit is None:
-            generation = storage.join(kept, context.fingerprint)
+            generation = None if index.is_complete(own) else own
         elif grow:
             context.log(f"{context.stage}: a run with a limit does not grow the index {kept}")
-    own, others = ([(name, context.inputs[name]) for name in names] for names in (inputs, references))
-    plan = make_plan(context.directory, options, own, others, input_priority, known, generation)
+    compared, others = ([(name, context.inputs[name]) for name in names] for names in (inputs, references))
+    plan = make_plan(context.directory, options, compared, others, input_priority, known, generation)
     seconds = run_phases(context, plan, phases_of(plan))
-    _finish(context, plan, {"phases": seconds, "seconds": round(time.time() - started, 3)})
+    grown = index.load(own).size if grow and own and index.is_complete(own) else None
+    _finish(context, plan, grown, {"phases": seconds, "seconds": round(time.time() - started, 3)})
     storage.delete(exchange.keys_directory(context.directory))
 
 
@@ -75,7 +77,7 @@ def phases_of(plan: Plan) -> list[Phase]:
     ]
 
 
-def _finish(context: StageContext, plan: Plan, timings: dict[str, Any]) -> None:
+def _finish(context: StageContext, plan: Plan, grown: dict[str, int] | None, timings: dict[str, Any]) -> None:
     directory, options = plan.directory, plan.options
     mapped = exchange.load_record(directory, "index", 0)
     joined = [exchange.load_record(directory, "join", number) for number in range(plan.partitions)]
@@ -103,10 +105,8 @@ def _finish(context: StageContext, plan: Plan, timings: dict[str, Any]) -> None:
     }
     if options.finds_exact:
         stats["exact"] = {"removed": resolved["exact"]}
-    if plan.known or plan.generation is not None:
-        stats["index"] = {"against": plan.against, "matched": resolved["indexed"]}
-        if plan.generation is not None:
-            stats["index"]["grown"] = exchange.load_record(directory, "publish", 0)
+    if plan.known or grown:
+        stats["index"] = {"against": plan.against, "matched": resolved["indexed"], "grown": grown}
     if options.finds_near:
         verified = [exchange.load_record(directory, "verify", n) for n in range(len(plan.parts))] if plan.verifies else []
         bands, rows = options.shape

@@ -61,8 +61,8 @@ def write_corpus(run: Path, name: str, table: pa.Table, part_rows: int) -> str:
     return directory
 
 
-def context_of(run: Path, name: str, inputs: dict[str, str], workers: int = 2) -> StageContext:
-    return StageContext(name, "dedup", str(run / name / ("1" * 8)), "1" * 8, {}, inputs, seed=17, workers=workers)
+def context_of(run: Path, name: str, inputs: dict[str, str], workers: int = 2, fingerprint: str = "1" * 8) -> StageContext:
+    return StageContext(name, "dedup", str(run / name / fingerprint), fingerprint, {}, inputs, seed=17, workers=workers)
 
 
 def run_stage(run: Path, name: str, inputs: dict[str, str], workers: int = 2, **settings: Any) -> shards.Manifest:
