@@ -283,7 +283,7 @@ def test_a_mixture_shows_each_group_with_what_was_taken_and_how_often(run_copy: 
     path.write_text(json.dumps(manifest), "utf-8")
     _, page = _built(run_copy)
     rows = [[cell.text().strip() for cell in row.children if cell.text().strip()] for row in page.by_id("choosing").all("tr")]
-    assert rows[1] == ["en<b>", "90", "60", "900", "600", "75.0%", "0.6667"]
+    assert rows[1] == ["en<b>", "90", "60", "900", "600", "75.0%", "0.667"]
     assert rows[2] == ["zh", "10", "20", "100", "200", "25.0%", "2"]
     assert "取用词元数" in page.by_id("choosing").text("zh")
 
