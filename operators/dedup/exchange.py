@@ -85,8 +85,11 @@ def read_rows(path: str, start: int, stop: int, width: int, dtype: type = np.uin
     return np.frombuffer(data, dtype).reshape(-1, width)
 
 
-def write_index(directory: str, kind: str, units: int, partitions: int) -> None:
-    """Gather the partition starts of all map units: int64[partitions + 1, runs], so that a partition reads two rows."""
+def write_index(directory: str, kind: str, units: int, partitions: int) -> int:
+    """Gather the partition starts of all map units: int64[partitions + 1, runs], so that a partition reads two rows.
+
+    Returns the number of records of the kind.
+    """
     runs, starts = [], []
     for unit in range(units):
         for begin, offsets in load_record(directory, "map", unit)["runs"].get(kind, []):
@@ -95,6 +98,7 @@ def write_index(directory: str, kind: str, units: int, partitions: int) -> None:
     table = np.stack(starts, axis=1) if starts else np.zeros((partitions + 1, 0), np.int64)
     write_array(directory, storage.join(keys_directory(directory), "index", f"{kind}.bin"), table)
     write_array(directory, storage.join(keys_directory(directory), "index", f"{kind}.runs.bin"), np.asarray(runs, np.int64))
+    return int((table[-1] - table[0]).sum())
 
 
 def read_partition(directory: str, kind: str, partition: int, width: int) -> np.ndarray:

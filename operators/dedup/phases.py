@@ -88,13 +88,13 @@ def map_part(plan: Plan, number: int) -> None:
 
 
 def index_keys(plan: Plan, number: int) -> None:
-    for kind in KINDS:
-        exchange.write_index(plan.directory, kind, len(plan.parts), plan.partitions)
+    records = {kind: exchange.write_index(plan.directory, kind, len(plan.parts), plan.partitions) for kind in KINDS}
+    exchanged = sum(count * KINDS[kind] * 8 for kind, count in records.items())
     rows = signed = 0
     for part in range(plan.references, len(plan.parts)):
         record = exchange.load_record(plan.directory, "map", part)
         rows, signed = rows + record["rows"], signed + record["signed"]
-    exchange.commit(plan.directory, "index", number, {"rows": rows, "signed": signed})
+    exchange.commit(plan.directory, "index", number, {"rows": rows, "signed": signed, "exchanged_bytes": exchanged})
 
 
 def join_partition(plan: Plan, number: int) -> None:

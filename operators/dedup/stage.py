@@ -100,6 +100,7 @@ def _finish(context: StageContext, plan: Plan, grown: dict[str, int] | None, tim
     ledger = Ledger(rows_in, 0, sum(part["rows"] - part["removed_rows"] for part in view), +rejected)
     stats: dict[str, Any] = {
         "documents": mapped["rows"],
+        "exchanged_bytes": mapped["exchanged_bytes"],
         "duplicate_ids": sum(record["duplicate_ids"] for record in joined),
         "examples": json.loads(storage.read_bytes(plan.path("examples.json"))),
     }
