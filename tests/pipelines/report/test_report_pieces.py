@@ -24,7 +24,7 @@ _SOURCES = [
     for path in Path(pipelines.report.__file__).parent.iterdir()
     if path.suffix in (".py", ".jinja") and path.name != "messages.py"
 ]
-_OPEN_FAMILIES = ("kind.", "lang.", "status.", "section.")  # the last part comes from data
+_OPEN_FAMILIES = ("unit.", "kind.", "lang.", "status.", "section.")  # the last part comes from data
 
 
 def _fields(text: str) -> set[str]:
