@@ -13,6 +13,7 @@ STAGES: dict[str, str] = {
     "score": "pipelines.stages.quality:ScoreStage",
     "select": "pipelines.stages.sampling:SelectStage",
     "mix": "pipelines.stages.sampling:MixStage",
+    "line_dedup": "pipelines.stages.cutting:LineDedupStage",
     "tokenizer": "pipelines.stages.tokens:TokenizerStage",
     "pack": "pipelines.stages.tokens:PackStage",
     "conversations": "pipelines.stages.synthesis:ConversationsStage",

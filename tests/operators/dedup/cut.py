@@ -1,0 +1,53 @@
+"""Stages that cut text, run unit by unit in this process, and their account read back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from operators import shards
+from operators.dedup import cutting
+from operators.dedup.cutting import CutPlan
+from operators.dedup.schedule import Phase
+from tests.operators.dedup.corpus import context_of, write_corpus
+
+
+def documents(rows: list[str], **columns: list[Any]) -> pa.Table:
+    count = len(rows)
+    return pa.table(
+        {"id": [f"d{i}" for i in range(count)], "text": pa.array(rows, pa.large_string()), "source": ["t"] * count, **columns}
+    )
+
+
+def run_cut(
+    run: Path, name: str, table: pa.Table, phases: Callable[[CutPlan], list[Phase]], options: Any, part_rows: int = 3, seed: int = 0
+) -> tuple[list[str], shards.Manifest]:
+    """The texts that are left (with their ids before a colon) and the manifest. Units run in an order drawn by `seed`, twice."""
+    source = write_corpus(run, f"{name}-in", table, part_rows)
+    context = context_of(run, name, {"in": source})
+    plan = CutPlan(context.directory, "line_dedup", shards.parts([source]), options, options.partitions or 1)
+    rng = np.random.default_rng(seed)
+    for phase in phases(plan):
+        for number in [*rng.permutation(phase.units), *rng.permutation(phase.units)[:1]]:
+            phase.run(plan, int(number))
+    cutting.finish(context, plan, {}, {})
+    return kept_texts(context.directory), shards.load_manifest(context.directory)
+
+
+def kept_texts(directory: str) -> list[str]:
+    return [
+        f"{row['id']}:{row['text']}"
+        for part in shards.parts([directory])
+        for _, batch in shards.read(part, ["id", "text"])
+        for row in batch.to_pylist()
+    ]
+
+
+def cut_spans(directory: str) -> list[dict[str, Any]]:
+    names = shards.load_manifest(directory).files["cut"]
+    return [row for name in names for row in pq.read_table(f"{directory}/{name}").to_pylist()]
