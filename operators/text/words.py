@@ -76,21 +76,29 @@ def hash_text(text: str) -> int:
 
 
 @functools.cache
-def _exceptions() -> tuple[np.ndarray, np.ndarray]:
-    """Sorted hashes (uint64[n]) and the lengths in characters of up to four pieces (uint8[n, 4])."""
+def _exceptions() -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """(hashes uint64[slots] at their place in an open-addressing table, 0 where free; lengths in characters of up to four
+    pieces uint8[slots, 4]; of the exceptions that begin with each byte, and that end with it, the lengths in bytes as bits
+    uint32[256])."""
     found: dict[int, list[int]] = {}
     lines = resources.files(__package__).joinpath("english_exceptions.txt").read_text("utf-8").split("\n")
+    begin, end = np.zeros(256, np.uint32), np.zeros(256, np.uint32)
     for line in lines:
         if line and not line.startswith("# "):
             pieces = line.split("\t")
-            if len("".join(pieces).encode()) <= _EXCEPTION_BYTES:
+            whole = "".join(pieces).encode()
+            if len(whole) <= _EXCEPTION_BYTES:
                 found[hash_text("".join(pieces))] = [len(piece) for piece in pieces]
-    hashes = np.array(sorted(found), np.uint64)
-    lengths = np.zeros((len(hashes), 4), np.uint8)
-    for row, key in enumerate(hashes):
-        pieces_of = found[int(key)]
-        lengths[row, : len(pieces_of)] = pieces_of
-    return hashes, lengths
+                begin[whole[0]] |= np.uint32(1 << len(whole))
+                end[whole[-1]] |= np.uint32(1 << len(whole))
+    hashes, lengths = np.zeros(8192, np.uint64), np.zeros((8192, 4), np.uint8)
+    for key in sorted(found):
+        slot = key & 8191
+        while hashes[slot]:
+            slot = (slot + 1) & 8191
+        hashes[slot] = key
+        lengths[slot, : len(found[key])] = found[key]
+    return hashes, lengths, begin, end
 
 
 @functools.cache
@@ -112,35 +120,6 @@ def find_sorted(table, key):  # type: ignore[no-untyped-def]
     if low < len(table) and table[low] == key:
         return low
     return -1
-
-
-@numba.njit(cache=True, nogil=True)
-def decode(data, start, end, points, where):  # type: ignore[no-untyped-def]
-    """Code points of one UTF-8 text into `points`, their byte positions into `where` (one more: the end). Returns the count."""
-    count, i = 0, start
-    while i < end:
-        first = np.int32(data[i])
-        where[count] = i
-        if first < 0x80:
-            points[count] = first
-            i += 1
-        elif first < 0xE0:
-            points[count] = ((first & 0x1F) << 6) | (np.int32(data[i + 1]) & 0x3F)
-            i += 2
-        elif first < 0xF0:
-            points[count] = ((first & 0x0F) << 12) | ((np.int32(data[i + 1]) & 0x3F) << 6) | (np.int32(data[i + 2]) & 0x3F)
-            i += 3
-        else:
-            points[count] = (
-                ((first & 0x07) << 18)
-                | ((np.int32(data[i + 1]) & 0x3F) << 12)
-                | ((np.int32(data[i + 2]) & 0x3F) << 6)
-                | (np.int32(data[i + 3]) & 0x3F)
-            )
-            i += 4
-        count += 1
-    where[count] = end
-    return count
 
 
 @numba.njit(cache=True, nogil=True, inline="always")
@@ -166,60 +145,30 @@ def class_of(flags, point):  # type: ignore[no-untyped-def]
     return flags[point] if point < TABLE_SIZE else np.uint32(0)
 
 
-@numba.njit(cache=True, nogil=True)
-def _is_chinese(points, count, flags):  # type: ignore[no-untyped-def]
-    """Han characters, and less than a tenth as much kana."""
-    han = kana = 0
-    for i in range(count):
-        if points[i] >= 0x3005:
-            bits = class_of(flags, points[i])
-            han += (bits & HAN) != 0
-            kana += (bits & KANA) != 0
-    return han > 0 and kana * 10 < han
+@numba.njit(cache=True, nogil=True, inline="always")
+def _may_be_exception(first, last, size, begin, end):  # type: ignore[no-untyped-def]
+    """Whether an exception of that many bytes begins and one ends with these bytes."""
+    return size <= _EXCEPTION_BYTES and (begin[first] & end[last]) >> np.uint32(size) & np.uint32(1) != 0
+
+
+@numba.njit(cache=True, nogil=True, inline="always")
+def _find_exception(hashes, key):  # type: ignore[no-untyped-def]
+    """Slot of the exception with that hash, or -1."""
+    slot = np.int64(key & np.uint64(8191))
+    while hashes[slot] != 0:
+        if hashes[slot] == key:
+            return slot
+        slot = (slot + 1) & 8191
+    return -1
 
 
 @numba.njit(cache=True, nogil=True)
-def _han_runs(data, starts, ends, flags, out):  # type: ignore[no-untyped-def]
-    """The runs of Han characters of the Chinese texts, each followed by a line feed, into `out`. Returns the bytes used."""
-    longest = 0
-    for row in range(len(starts)):
-        longest = max(longest, ends[row] - starts[row])
-    points, where = np.empty(longest + 1, np.int32), np.empty(longest + 1, np.int64)
-    used = 0
-    for row in range(len(starts)):
-        has_wide = False
-        for i in range(starts[row], ends[row]):
-            if data[i] >= 0xE3:
-                has_wide = True
-                break
-        if not has_wide:
-            continue
-        count = decode(data, starts[row], ends[row], points, where)
-        if not _is_chinese(points, count, flags):
-            continue
-        inside = False
-        for i in range(count):
-            if class_of(flags, points[i]) & HAN:
-                for j in range(where[i], where[i + 1]):
-                    out[used] = data[j]
-                    used += 1
-                inside = True
-            elif inside:
-                out[used] = 10
-                used += 1
-                inside = False
-        if inside:
-            out[used] = 10
-            used += 1
-    return used
-
-
-@numba.njit(cache=True, nogil=True)
-def _exception_at(data, where, low, high, hashes):  # type: ignore[no-untyped-def]
+def _exception_at(data, where, low, high, exceptions):  # type: ignore[no-untyped-def]
+    hashes, _, begin, end = exceptions
     size = where[high] - where[low]
-    if size > _EXCEPTION_BYTES:
+    if not _may_be_exception(data[where[low]], data[where[high] - 1], size, begin, end):
         return -1
-    return find_sorted(hashes, hash_bytes(data, where[low], where[high]))
+    return _find_exception(hashes, hash_bytes(data, where[low], where[high]))
 
 
 @numba.njit(cache=True, nogil=True)
@@ -286,6 +235,8 @@ def _suffix(data, where, points, bits, low, high, units):  # type: ignore[no-unt
 @numba.njit(cache=True, nogil=True)
 def _infix(points, bits, low, i, high):  # type: ignore[no-untyped-def]
     """Length in characters of the infix at position `i`, or 0."""
+    if bits[i] & (ALPHA | DIGIT):
+        return 0
     c = points[i]
     if c == 46 and i + 1 < high and points[i + 1] == 46:
         length = 2
@@ -403,7 +354,7 @@ def _emit_pieces(data, where, points, bits, low, high, pieces, words, out):  # t
 
 
 @numba.njit(cache=True, nogil=True)
-def _spaced(data, where, points, bits, low, high, words, out, hashes, pieces, units, suffixes):  # type: ignore[no-untyped-def]
+def _spaced(data, where, points, bits, low, high, words, out, exceptions, units, suffixes):  # type: ignore[no-untyped-def]
     """Split one run of non-space characters as spaCy's English tokenizer does."""
     plain = True
     for i in range(low, high):
@@ -414,21 +365,21 @@ def _spaced(data, where, points, bits, low, high, words, out, hashes, pieces, un
         return _emit(data, where, points, bits, low, high, words, out)
     found, stripped = -1, 0
     while low < high:
-        found = _exception_at(data, where, low, high, hashes)
+        found = _exception_at(data, where, low, high, exceptions)
         if found >= 0 or plain:
             break
         before = high - low
         prefix = _prefix(points, bits, low, high)
         if prefix:
             if low + prefix < high:
-                found = _exception_at(data, where, low + prefix, high, hashes)
+                found = _exception_at(data, where, low + prefix, high, exceptions)
             if found >= 0:
                 words = _emit(data, where, points, bits, low, low + prefix, words, out)
                 low += prefix
                 break
         suffix = _suffix(data, where, points, bits, low + prefix, high, units) if low + prefix < high else 0
         if suffix and low < high - suffix:
-            found = _exception_at(data, where, low, high - suffix, hashes)
+            found = _exception_at(data, where, low, high - suffix, exceptions)
             if found >= 0:
                 suffixes[stripped] = suffix
                 stripped += 1
@@ -445,7 +396,7 @@ def _spaced(data, where, points, bits, low, high, words, out, hashes, pieces, un
             break
     if low < high:
         if found >= 0:
-            words = _emit_pieces(data, where, points, bits, low, high, pieces[found], words, out)
+            words = _emit_pieces(data, where, points, bits, low, high, exceptions[1][found], words, out)
         elif plain or _is_url(points, bits, low, high):
             words = _emit(data, where, points, bits, low, high, words, out)
         else:
@@ -466,16 +417,6 @@ def _spaced(data, where, points, bits, low, high, words, out, hashes, pieces, un
 
 
 @numba.njit(cache=True, nogil=True)
-def _is_mostly_han(bits, count):  # type: ignore[no-untyped-def]
-    """Whether a tenth of what is no space is Han: below that, the rules of spaced text fit the rest better."""
-    han = total = 0
-    for i in range(count):
-        han += (bits[i] & HAN) != 0
-        total += (bits[i] & SPACE) == 0
-    return han * 10 >= total
-
-
-@numba.njit(cache=True, nogil=True)
 def _jieba_end(points, begin, count):  # type: ignore[no-untyped-def]
     r"""Where a word of other than Han characters ends: `[a-zA-Z0-9]+(\.[0-9]+)?%?`, `[+#&._%-]+` or any one character."""
     i = begin
@@ -493,48 +434,192 @@ def _jieba_end(points, begin, count):  # type: ignore[no-untyped-def]
 
 
 @numba.njit(cache=True, nogil=True)
-def _split(data, starts, ends, table, cuts, hashes, pieces, units, out, word_offsets):  # type: ignore[no-untyped-def]
-    """Words of every text into the arrays of `out`; `cuts` are the lengths of the Chinese words, in order."""
-    longest = 0
+def _kind(data, start, end, table):  # type: ignore[no-untyped-def]
+    """(whether the text is Chinese: Han characters, and less than a tenth as much kana; whether so much of it that jieba's
+    rules fit the rest better than those of spaced text: a tenth of what is no space)."""
+    wide = False
+    for i in range(start, end):  # no branch: many bytes a cycle
+        wide |= data[i] >= 0xE3
+    if not wide:
+        return False, False
+    han = kana = total = 0
+    i = start
+    while i < end:
+        if data[i] < 0x80:
+            total += data[i] > 32 or not class_of(table, data[i]) & SPACE
+            i += 1
+            continue
+        point, step = decode_one(data, i)
+        bits = class_of(table, point)
+        total += (bits & SPACE) == 0
+        if point >= 0x3005:
+            han += (bits & HAN) != 0
+            kana += (bits & KANA) != 0
+        i += step
+    chinese = han > 0 and kana * 10 < han
+    return chinese, chinese and han * 10 >= total
+
+
+@numba.njit(cache=True, nogil=True)
+def _han_runs(data, starts, ends, flags, out):  # type: ignore[no-untyped-def]
+    """The runs of Han characters of the Chinese texts, each followed by a line feed, into `out`. Returns the bytes used."""
+    used = 0
     for row in range(len(starts)):
-        longest = max(longest, ends[row] - starts[row])
-    points, where = np.empty(longest + 1, np.int32), np.empty(longest + 1, np.int64)
-    bits, suffixes = np.empty(longest + 1, np.uint32), np.empty(longest + 1, np.int32)
+        chinese, _ = _kind(data, starts[row], ends[row], flags)
+        if not chinese:
+            continue
+        inside = False
+        i, end = starts[row], ends[row]
+        while i < end:
+            if data[i] < 0x80:
+                step, han = 1, False
+            else:
+                point, step = decode_one(data, i)
+                han = class_of(flags, point) & HAN != 0
+            if han:
+                for j in range(i, i + step):
+                    out[used] = data[j]
+                    used += 1
+            elif inside:
+                out[used] = 10
+                used += 1
+            inside = han
+            i += step
+        if inside:
+            out[used] = 10
+            used += 1
+    return used
+
+
+_A_SPACE, _A_LETTER, _A_MARK, _WIDE = 0, 1, 2, 3  # classes of a byte
+
+
+@functools.cache
+def _byte_classes() -> np.ndarray:
+    """uint8[256]: space, letter, any other ASCII character, part of a wider character."""
+    table = characters.table()[:128]
+    return np.concatenate([np.select([table & SPACE != 0, table & ALPHA != 0], [0, 1], 2), np.full(128, 3)]).astype(np.uint8)
+
+
+@numba.njit(cache=True, nogil=True)
+def _split(data, starts, ends, table, classes, cuts, exceptions, units, out, word_offsets):  # type: ignore[no-untyped-def]
+    """Words of every text into the arrays of `out`; `cuts` are the lengths of the Chinese words, in order.
+
+    Runs of ASCII letters, with a mark after them or not, are most of what English text is: they are split from the bytes.
+    Every other run between white space is decoded and goes by the rules.
+    """
+    start_of, length_of, size_of, flags_of, hash_of = out
+    hashes, pieces, first_bytes, last_bytes = exceptions
+    points, where = np.empty(4096, np.int32), np.empty(4096, np.int64)
+    bits, suffixes = np.empty(4096, np.uint32), np.empty(4096, np.int32)
+    unspaced = HAN | KANA | UNSPACED
     words, cut = 0, 0
     for row in range(len(starts)):
         word_offsets[row] = words
-        count = decode(data, starts[row], ends[row], points, where)
-        unspaced = HAN | KANA | UNSPACED
-        for i in range(count):
-            bits[i] = class_of(table, points[i])
-        chinese = _is_chinese(points, count, table)
-        jieba = chinese and _is_mostly_han(bits, count)
-        i = 0
-        while i < count:
-            if bits[i] & SPACE:
+        chinese, jieba = _kind(data, starts[row], ends[row], table)
+        i, end = starts[row], ends[row]
+        while i < end:
+            kind = classes[data[i]]
+            if kind == _A_SPACE:
                 i += 1
-                continue
-            if chinese and bits[i] & HAN:
-                words = _emit(data, where, points, bits, i, i + cuts[cut], words, out)
-                i += cuts[cut]
-                cut += 1
                 continue
             begin = i
-            i += 1
-            if jieba:
-                i = _jieba_end(points, begin, count)
-                words = _emit(data, where, points, bits, begin, i, words, out)
-                continue
-            if bits[begin] & unspaced:
-                while i < count and bits[i] & MARK:
+            if kind == _A_LETTER:
+                key = np.uint64(0)
+                while i < end and classes[data[i]] == _A_LETTER:
+                    key = key * _BASE + (np.uint64(data[i]) + _ONE)
                     i += 1
-                words = _emit(data, where, points, bits, begin, i, words, out)
+                mark = np.uint8(0)  # what follows the letters and is split off
+                after = i
+                if i < end and classes[data[i]] == _A_MARK and (i + 1 == end or classes[data[i + 1]] == _A_SPACE) and not jieba:
+                    byte = data[i]
+                    if byte == 46:
+                        if 97 <= data[i - 1] <= 122 or (i - 1 > begin and 65 <= data[i - 2] <= 90):
+                            whole = key * _BASE + np.uint64(47)
+                            if not _may_be_exception(data[begin], byte, i + 1 - begin, first_bytes, last_bytes) or (
+                                _find_exception(hashes, whole) < 0
+                            ):
+                                mark = byte
+                    elif (
+                        byte == 44 or byte == 59 or byte == 58 or byte == 33 or byte == 63 or byte == 41 or byte == 93 or byte == 34
+                    ) and not _may_be_exception(data[begin], byte, i + 1 - begin, first_bytes, last_bytes):
+                        mark = byte
+                    after += mark != 0
+                if after == end or classes[data[after]] == _A_SPACE:
+                    slot = -1
+                    if not jieba and _may_be_exception(data[begin], data[i - 1], i - begin, first_bytes, last_bytes):
+                        slot = _find_exception(hashes, key)
+                    if slot >= 0:
+                        low = begin
+                        for k in range(4):
+                            if pieces[slot, k]:
+                                start_of[words], length_of[words], size_of[words] = low, pieces[slot, k], pieces[slot, k]
+                                flags_of[words] = HAS_ALPHA | NOT_SYMBOL
+                                hash_of[words] = hash_bytes(data, low, low + pieces[slot, k])
+                                low += pieces[slot, k]
+                                words += 1
+                    else:
+                        start_of[words], length_of[words], size_of[words] = begin, i - begin, i - begin
+                        flags_of[words], hash_of[words] = HAS_ALPHA | NOT_SYMBOL, key
+                        words += 1
+                    if mark:
+                        start_of[words], length_of[words], size_of[words] = i, 1, 1
+                        flags_of[words], hash_of[words] = 0, np.uint64(mark) + _ONE
+                        words += 1
+                    i = after
+                    continue
+                i = begin
+            # the run up to the next white space, decoded
+            count = 0
+            while i < end:
+                if data[i] < 0x80:
+                    point, step = np.int32(data[i]), 1
+                else:
+                    point, step = decode_one(data, i)
+                flags = class_of(table, point)
+                if flags & SPACE:
+                    break
+                if count + 1 == len(points):
+                    points, where = _doubled(points), _doubled(where)
+                    bits, suffixes = _doubled(bits), _doubled(suffixes)
+                points[count], where[count], bits[count] = point, i, flags
+                count += 1
+                i += step
+            where[count] = i
+            if not count:
+                _, step = decode_one(data, i)  # a wide space
+                i += step
                 continue
-            while i < count and not bits[i] & (SPACE | unspaced):
-                i += 1
-            words = _spaced(data, where, points, bits, begin, i, words, out, hashes, pieces, units, suffixes)
+            k = 0
+            while k < count:
+                if chinese and bits[k] & HAN:
+                    words = _emit(data, where, points, bits, k, k + cuts[cut], words, out)
+                    k += cuts[cut]
+                    cut += 1
+                    continue
+                low = k
+                k += 1
+                if jieba:
+                    k = _jieba_end(points, low, count)
+                    words = _emit(data, where, points, bits, low, k, words, out)
+                    continue
+                if bits[low] & unspaced:
+                    while k < count and bits[k] & MARK:
+                        k += 1
+                    words = _emit(data, where, points, bits, low, k, words, out)
+                    continue
+                while k < count and not bits[k] & unspaced:
+                    k += 1
+                words = _spaced(data, where, points, bits, low, k, words, out, exceptions, units, suffixes)
     word_offsets[len(starts)] = words
     return words
+
+
+@numba.njit(cache=True, nogil=True)
+def _doubled(array):  # type: ignore[no-untyped-def]
+    wider = np.empty(2 * len(array), array.dtype)
+    wider[: len(array)] = array
+    return wider
 
 
 _JIEBA_BYTES = 1 << 20  # one call of the segmenter; bounds the Python strings that exist at once
@@ -568,7 +653,6 @@ def split(data: np.ndarray, starts: np.ndarray, ends: np.ndarray) -> tuple[np.nd
     out = (np.empty(total, np.int64), np.empty(total, np.int32), np.empty(total, np.int32), np.empty(total, np.uint8),
            np.empty(total, np.uint64))  # fmt: skip
     word_offsets = np.empty(len(starts) + 1, np.int64)
-    hashes, pieces = _exceptions()
     cuts = _cut_han(data, starts, ends)
-    words = _split(data, starts, ends, characters.table(), cuts, hashes, pieces, _units(), out, word_offsets)
-    return (word_offsets, *(array[:words].copy() for array in out))
+    words = _split(data, starts, ends, characters.table(), _byte_classes(), cuts, _exceptions(), _units(), out, word_offsets)
+    return (word_offsets, *(array[:words] for array in out))
