@@ -84,7 +84,7 @@ def main() -> None:
         workers=workers,
     )
     begun = time.perf_counter()
-    run_dedup(context, options, [_INPUT])
+    run_dedup(context, options, ["input"])
     deduplicated, wall_s = tree_cpu_s(), time.perf_counter() - begun
     kept = Path(_OUTPUT) / "kept"
     kept.mkdir()
@@ -97,6 +97,7 @@ def main() -> None:
         "cpu_s": {"start": started, "dedup": deduplicated - started, "write": written - deduplicated},
         "wall_s": wall_s,
         "driver_rss": psutil.Process().memory_info().rss,
+        "exchanged_bytes": shards.load_manifest(_OUTPUT).stats["exchanged_bytes"],
         "phases": shards.load_timings(_OUTPUT)["phases"],
     }
     ray.shutdown()

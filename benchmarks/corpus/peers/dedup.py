@@ -50,8 +50,9 @@ def datatrove(source: Path, scratch: Path, bands: int, rows: int) -> list[str]:
 def text_dedup(source: Path, scratch: Path, bands: int, rows: int) -> list[str]:
     """Its command line, with its faster hash."""
     settings = {
-        "path": "parquet", "data_files": source / "*.parquet", "split": "train", "cache_dir": scratch / "cache", "output": scratch / "kept",
-        "column": "text", "ngram": 5, "min_length": 5, "num_perm": bands * rows, "b": bands, "r": rows, "hash_func": "xxh3",
+        "path": "parquet", "data_files": source / "*.parquet", "split": "train",
+        "cache_dir": scratch / "cache", "output": scratch / "kept", "column": "text",
+        "ngram": 5, "min_length": 5, "num_perm": bands * rows, "b": bands, "r": rows, "hash_func": "xxh3",
         "num_proc": 1, "batch_size": 10000,
     }  # fmt: skip
     arguments = [str(part) for name, value in settings.items() for part in (f"--{name}", value)]
