@@ -2,82 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from cluster import storage
-from operators.config import SettingsError
-from operators.sources.batches import TEXT_SCHEMA, BadRow, RowRange, SourceBatch, excerpt
-from operators.sources.units import ReadSettings, Unit, default_source
+from operators.sources.batches import BadRow, RowRange, SourceBatch
+from operators.sources.columns import Piece, check_columns, first_line, read_pieces, wanted_columns
+from operators.sources.settings import ReadSettings
+from operators.sources.units import Unit
 from operators.tables import stable_id
 
 _READ_BYTES = 8 << 20
 
 
-def _is_text(kind: pa.DataType) -> bool:
-    if pa.types.is_dictionary(kind):
-        kind = kind.value_type
-    return bool(
-        pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
-    )
-
-
-def check_columns(schema: pa.Schema, read: ReadSettings, path: str) -> None:
-    """Raises SettingsError when the file lacks a column that the settings name, or has it in an unusable type."""
-
-    def refuse(option: str, name: str, problem: str) -> None:
-        raise SettingsError(f"{path}: {problem} {name!r} (read.{option}); its columns: {', '.join(map(str, schema.names))}")
-
-    if read.text_column not in schema.names:
-        refuse("text_column", read.text_column, "there is no column")
-    if not _is_text(schema.field(read.text_column).type):
-        refuse("text_column", read.text_column, f"text is wanted, not {schema.field(read.text_column).type}, in column")
-    fields = type(read).model_fields
-    for option in ("id_column", "url_column", "source_column"):
-        name = getattr(read, option)
-        if not name or name == fields[option].default:
-            continue  # the usual name: used where a file has it
-        if name not in schema.names:
-            refuse(option, name, "there is no column")
-        kind = schema.field(name).type
-        if not (_is_text(kind) or (option == "id_column" and pa.types.is_integer(kind))):
-            refuse(option, name, f"text is wanted, not {kind}, in column")
-    for name, declared in read.carried():
-        if name not in schema.names and declared is None:
-            refuse("columns", name, "there is no column")
-
-
 def read_parquet(unit: Unit, read: ReadSettings, rows: RowRange, batch_rows: int, batch_bytes: int) -> Iterator[SourceBatch]:
     """The unit's row groups. A group that cannot be read to its end is one bad row after the rows before the damage."""
-    row = 0
-    for item in _pieces(unit, read):
-        if rows.past(row):
-            return
-        if isinstance(item, BadRow):
-            if rows.wants(row):
-                yield SourceBatch(_empty(read, None), np.empty(0, np.int64), [_at(item, row)])
-            row += 1
-            continue
-        first, table = item
-        wanted = rows.mask(row, table.num_rows)
-        if wanted.any():
-            numbers = np.flatnonzero(wanted)
-            if not wanted.all():
-                table = table.take(pa.array(numbers))
-            yield from _batches(unit, read, table, numbers + row, numbers + first, batch_rows, batch_bytes)
-        row += len(wanted)
+    yield from read_pieces(unit, read, rows, _pieces(unit, read), batch_rows, batch_bytes)
 
 
-def _at(bad: BadRow, row: int) -> BadRow:
-    return BadRow(row, bad.id, bad.where, bad.reason, bad.detail, bad.raw)
-
-
-def _pieces(unit: Unit, read: ReadSettings) -> Iterator[tuple[int, pa.Table] | BadRow]:
-    """(row number in the file of the first row, rows), or a bad row where rows were lost."""
+def _pieces(unit: Unit, read: ReadSettings) -> Iterator[Piece | BadRow]:
+    """The rows in order, or a bad row where rows were lost."""
     with storage.open_input(unit.path) as stream:
         try:
             file = pq.ParquetFile(stream, pre_buffer=False)
@@ -85,13 +32,11 @@ def _pieces(unit: Unit, read: ReadSettings) -> Iterator[tuple[int, pa.Table] | B
             if unit.size == 0:
                 detail = "the file is empty: not even a Parquet footer"
             else:
-                detail = f"not readable as Parquet: {_first_line(error)}"
+                detail = f"not readable as Parquet: {first_line(error)}"
             yield BadRow(0, stable_id(unit.relative, "file"), unit.relative, "corrupt_file", detail)
             return
         check_columns(file.schema_arrow, read, unit.path)
-        names = set(file.schema_arrow.names)
-        wanted = [read.text_column, read.id_column, read.url_column, None if read.source else read.source_column]
-        columns = list(dict.fromkeys(name for name in [*wanted, *(name for name, _ in read.carried())] if name in names))
+        columns = wanted_columns(read, file.schema_arrow.names)
         first = sum(file.metadata.row_group(group).num_rows for group in range(unit.start))
         for group in range(unit.start, unit.stop):
             metadata = file.metadata.row_group(group)
@@ -100,166 +45,12 @@ def _pieces(unit: Unit, read: ReadSettings) -> Iterator[tuple[int, pa.Table] | B
             done = 0
             try:
                 for batch in file.iter_batches(size, [group], columns, use_threads=False):
-                    yield first + done, pa.Table.from_batches([batch])
+                    places = np.arange(first + done, first + done + batch.num_rows)
+                    yield Piece(places, pa.Table.from_batches([batch]))
                     done += batch.num_rows
             except (pa.ArrowException, OSError) as error:
                 lost = f"rows {first + done} to {first + metadata.num_rows - 1} of the file ({metadata.num_rows - done} rows)"
-                detail = f"row group {group} cannot be read: {_first_line(error)}; lost: {lost}"
+                detail = f"row group {group} cannot be read: {first_line(error)}; lost: {lost}"
                 where = f"{unit.relative}: row group {group}"
                 yield BadRow(0, stable_id(unit.relative, "group", group), where, "corrupt_row_group", detail)
             first += metadata.num_rows
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
-
-
-def _text_array(column: pa.ChunkedArray) -> pa.Array:
-    """Any string-like column as one large_binary array (Parquet does not promise that strings are UTF-8)."""
-    array = _one_array(column)
-    if pa.types.is_dictionary(array.type):
-        array = array.dictionary_decode()
-    return array.cast(pa.large_binary())
-
-
-def _invalid_utf8(array: pa.Array) -> dict[int, str]:
-    """{row: where the text stops being UTF-8}; rows are looked at one by one only if the column fails as a whole."""
-    try:
-        array.cast(pa.large_string())
-        return {}
-    except pa.ArrowInvalid:
-        found = {}
-        for position, value in enumerate(array):
-            data = value.as_py()
-            try:
-                (data or b"").decode("utf-8")
-            except UnicodeDecodeError as error:
-                found[position] = f"byte 0x{data[error.start]:02x} at offset {error.start}"
-        return found
-
-
-class _Columns:
-    """One table's columns as documents need them; rows that cannot be read gather in `problems` as (reason, detail)."""
-
-    def __init__(self, unit: Unit, read: ReadSettings, table: pa.Table) -> None:
-        self.unit, self.read, self.table = unit, read, table
-        self.problems: dict[int, tuple[str, str]] = {}
-
-    def text(self) -> pa.Array:
-        """large_binary; UTF-8 wherever there is no problem."""
-        limit, name = self.read.max_text_bytes, self.read.text_column
-        array = _text_array(self.table[name])
-        lengths = pc.fill_null(pc.binary_length(array), 0).to_numpy()
-        for row in np.flatnonzero(lengths > limit).tolist():
-            self.problems[row] = ("too_long", f"the text has {lengths[row]} bytes, more than read.max_text_bytes {limit}")
-        for row in np.flatnonzero(array.is_null().to_numpy(zero_copy_only=False)).tolist():
-            self.problems[row] = ("missing_text", f"column {name!r} is null")
-        self._check_utf8(name, array)
-        return array
-
-    def _check_utf8(self, name: str, array: pa.Array) -> dict[int, str]:
-        invalid = _invalid_utf8(array)
-        for row, detail in invalid.items():
-            self.problems.setdefault(row, ("invalid_utf8", f"column {name!r}: {detail}"))
-        return invalid
-
-    def strings(self, name: str | None, kind: pa.DataType | None = None) -> pa.Array:
-        """A column as strings (numbers spelled out), null where there is none."""
-        kind = kind or pa.string()
-        if not name or name not in self.table.column_names:
-            return pa.nulls(self.table.num_rows, kind)
-        column = self.table[name]
-        if not _is_text(column.type):
-            return _one_array(column.cast(kind)) if pa.types.is_integer(column.type) else pa.nulls(len(column), kind)
-        array = _text_array(column)
-        return _without(array, self._check_utf8(name, array)).cast(kind)
-
-    def carried(self, field: pa.Field) -> pa.Array:
-        """A column of `read.columns` in its wanted type. Raises SettingsError when it has no such values."""
-        if field.name not in self.table.column_names:
-            return pa.nulls(self.table.num_rows, field.type)
-        column = self.table[field.name]
-        if _is_text(column.type) and (pa.types.is_string(field.type) or pa.types.is_large_string(field.type)):
-            return self.strings(field.name, field.type)
-        try:
-            return _one_array(column.cast(field.type))
-        except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
-            problem = f"column {field.name!r} cannot be read as {field.type} (read.columns): {_first_line(error)}"
-            raise SettingsError(f"{self.unit.path}: {problem}") from None
-
-
-def _batches(
-    unit: Unit, read: ReadSettings, table: pa.Table, numbers: np.ndarray, physical: np.ndarray, batch_rows: int, batch_bytes: int
-) -> Iterator[SourceBatch]:
-    """Documents of one table; `numbers` are its rows' numbers in the unit, `physical` in the file."""
-    columns = _Columns(unit, read, table)
-    text = columns.text()
-    ids = columns.strings(read.id_column)
-    missing = pc.fill_null(pc.equal(ids, ""), True).to_numpy(zero_copy_only=False)
-    if missing.any():
-        made = [stable_id(unit.relative, int(number)) if absent else None for number, absent in zip(physical, missing, strict=True)]
-        ids = pc.if_else(pa.array(missing), pa.array(made, pa.string()), ids)
-    source = columns.strings(None if read.source else read.source_column)
-    named = pc.fill_null(pc.not_equal(source, ""), False)
-    source = pc.if_else(named, source, pa.scalar(read.source or default_source(unit.relative)))
-    url = columns.strings(read.url_column)
-    schema = _schema(read, table.schema)
-    carried = [columns.carried(schema.field(name)) for name, _ in read.carried()]
-    bad = []
-    for row, (reason, detail) in sorted(columns.problems.items()):
-        raw = text[row].as_py()
-        where = f"{unit.relative}: row {physical[row]}"
-        bad.append(BadRow(int(numbers[row]), ids[row].as_py(), where, reason, detail, None if raw is None else excerpt(raw)))
-    kept = _not_in(columns.problems, table.num_rows)
-    good = [column.filter(pa.array(kept)) for column in (ids, text, source, url, *carried)]
-    good[1] = good[1].cast(pa.large_string())
-    lengths = pc.binary_length(good[1]).to_numpy()
-    yield from _cut(pa.Table.from_arrays(good, schema=schema), numbers[kept], bad, lengths, batch_rows, batch_bytes)
-
-
-def _without(array: pa.Array, rows: Iterable[int]) -> pa.Array:
-    """The array with some rows made null."""
-    rows = list(rows)
-    return pc.if_else(pa.array(_not_in(rows, len(array))), array, pa.scalar(None, array.type)) if rows else array
-
-
-def _one_array(column: pa.ChunkedArray) -> pa.Array:
-    array = column.combine_chunks()
-    if isinstance(array, pa.ChunkedArray):  # no chunk at all
-        array = pa.concat_arrays(array.chunks) if array.num_chunks else pa.array([], array.type)
-    return array
-
-
-def _not_in(problems: Iterable[int], count: int) -> np.ndarray:
-    kept = np.ones(count, bool)
-    kept[list(problems)] = False
-    return kept
-
-
-def _schema(read: ReadSettings, file: pa.Schema | None) -> pa.Schema:
-    schema = TEXT_SCHEMA
-    for name, kind in read.carried():
-        if kind is None:
-            kind = file.field(name).type if file is not None else pa.string()
-        schema = schema.append(pa.field(name, kind))
-    return schema
-
-
-def _empty(read: ReadSettings, file: pa.Schema | None) -> pa.Table:
-    return _schema(read, file).empty_table()
-
-
-def _cut(
-    table: pa.Table, numbers: np.ndarray, bad: list[BadRow], lengths: np.ndarray, batch_rows: int, batch_bytes: int
-) -> Iterator[SourceBatch]:
-    """Slices of at most `batch_rows` rows and about `batch_bytes` bytes; bad rows go with the slice before which they stand."""
-    start = 0
-    total = np.concatenate([[0], np.cumsum(lengths)])
-    while start < table.num_rows or bad:
-        by_bytes = int(np.searchsorted(total, total[start] + batch_bytes, "right")) - 1
-        stop = min(max(start + 1, min(start + batch_rows, by_bytes)), table.num_rows)
-        limit = numbers[stop] if stop < table.num_rows else np.iinfo(np.int64).max
-        here = [item for item in bad if item.row < limit]
-        bad = bad[len(here) :]
-        yield SourceBatch(table.slice(start, stop - start), numbers[start:stop], here)
-        start = stop

@@ -1,101 +1,55 @@
-"""What to read and in which pieces: the `read` settings of a recipe, and the plan of work units made from them.
+"""The input in pieces: files, their identity, and the plan of work units made from them.
 
 A unit is a bounded piece of input that can be read alone, again, and anywhere: a byte range of a JSONL or text file
-(a line belongs to the range that holds its first byte), a run of Parquet row groups, one compressed or WARC file, or a
-handful of small files. Ids and row order do not depend on where the cuts fall.
+(a line belongs to the range that holds its first byte), a run of Parquet row groups, a byte range of a Wikipedia dump,
+one compressed, CSV, Arrow or WARC file, or a handful of small files. Ids and row order do not depend on where the cuts fall.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
 import importlib
 import itertools
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-import pydantic
-from pydantic import Field
 
 from cluster import storage
-from operators.config import Settings, SettingsError
+from operators.sources import huggingface
 from operators.sources.batches import RowRange, SourceBatch
+from operators.sources.settings import WHOLE_FILES, ReadSettings, format_by_name, format_of, is_compressed
 from operators.tables import content_hash
 
-Format = Literal["auto", "warc", "wet", "jsonl", "parquet", "html", "text"]
+__all__ = ["ReadSettings", "Unit", "file_identities", "find_files", "format_of", "is_compressed", "plan_units", "read_unit"]
 
-HASHED_FILE_BYTES = 64 << 20  # larger files are identified by size and modification time: hashing them would read them twice
+HASHED_FILE_BYTES = 64 << 20  # of larger files only samples are hashed: the whole would be read twice
+_SAMPLE_BYTES = 64 << 10
+_IDENTITIES_AT_ONCE = 16
 _MAX_FILES_A_UNIT = 512
 
-_COMPRESSED = (".gz", ".zst", ".bz2", ".xz", ".lz4")
-_FORMATS = {
-    ".warc": "warc", ".wet": "wet", ".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet",
-    ".html": "html", ".htm": "html", ".xhtml": "html", ".txt": "text", ".text": "text", ".md": "text",
-}  # fmt: skip
 _READERS = {
     "warc": "operators.sources.warc:read_warc",
     "wet": "operators.sources.warc:read_warc",
     "jsonl": "operators.sources.lines:read_jsonl",
     "text": "operators.sources.lines:read_text_lines",
     "parquet": "operators.sources.parquet:read_parquet",
+    "arrow": "operators.sources.arrow:read_arrow",
+    "csv": "operators.sources.csv:read_csv",
+    "tsv": "operators.sources.csv:read_csv",
     "html": "operators.sources.files:read_html_files",
+    "markdown": "operators.sources.files:read_text_files",
     "text_files": "operators.sources.files:read_text_files",
+    "pdf": "operators.sources.pdf:read_pdf_files",
+    "wikipedia": "operators.sources.wikipedia:read_wikipedia",
 }
-_COLUMN_TYPES = {"string": pa.string(), "int64": pa.int64(), "float64": pa.float64(), "bool": pa.bool_()}
 _FILES_CHECKED = 16
-
-
-class ReadSettings(Settings):
-    """What a corpus stage reads."""
-
-    format: Format = Field("auto", description="How the files are written; auto decides by file name")
-    path: str | list[str] = Field(description="A file, directory, glob (`*`, `**`) or URI, or a list of them")
-    text_column: str = Field("text", description="Column (Parquet) or key (JSONL) of the text")
-    id_column: str | None = Field(
-        "id",
-        description="Column or key of the document's id; a row without one gets an id made from its file's path and its place",
-    )
-    url_column: str | None = Field("url", description="Column or key of the document's address, if there is one")
-    source: str | None = Field(None, description="Name of the source; default: the source column, else the top folder or file stem")
-    source_column: str | None = Field("source", description="Column or key of the source's name, used where `source` is not given")
-    columns: list[str] = Field(
-        default_factory=list,
-        description="Further columns to carry along, as `name` or `name:type` (string, int64, float64, bool); "
-        "without a type, Parquet keeps its own and JSONL makes strings",
-    )
-    one_document_per: Literal["line", "file"] = Field("line", description="For plain text: is a line a document, or a file?")
-    max_text_bytes: int = Field(16 << 20, ge=1, description="A longer text (in UTF-8) or page is set aside as too_long")
-    max_unit_bytes: int = Field(64 << 20, ge=1, description="Size of a work unit in bytes, where a file can be cut")
-
-    @pydantic.model_validator(mode="after")
-    def _consistent(self) -> ReadSettings:
-        for entry in self.columns:
-            name, _, kind = entry.partition(":")
-            if kind and kind not in _COLUMN_TYPES:
-                raise ValueError(f"column {entry!r}: unknown type {kind!r}; valid: {', '.join(_COLUMN_TYPES)}")
-            if name in ("id", "text", "source", "url", "content", "content_type", "charset"):
-                raise ValueError(f"column {name!r} is one that every document has; name it in text_column, id_column, ... instead")
-        if self.one_document_per == "file" and self.format not in ("text", "auto"):
-            raise ValueError(f"one_document_per: file is for plain text, the format is {self.format}")
-        if self.format in ("warc", "wet", "html", "text"):
-            fields = type(self).model_fields
-            named = ("text_column", "id_column", "url_column", "source_column")
-            given = [name for name in named if getattr(self, name) != fields[name].default] + ["columns"] * bool(self.columns)
-            if given:
-                raise ValueError(f"{given[0]}: files of format {self.format} have no named columns")
-        return self
-
-    def patterns(self) -> list[str]:
-        return [self.path] if isinstance(self.path, str) else list(self.path)
-
-    def carried(self) -> list[tuple[str, pa.DataType | None]]:
-        """(name, declared type or None) of `columns`."""
-        pairs = (entry.partition(":") for entry in self.columns)
-        return [(name, _COLUMN_TYPES[kind] if kind else None) for name, _, kind in pairs]
 
 
 @dataclass(frozen=True)
@@ -139,15 +93,32 @@ class InputFile:
         known: dict[str, Any] = {"relative": self.relative, "size": self.size}
         if self.size <= HASHED_FILE_BYTES:
             return {**known, "sha256": storage.sha256_of(self.path)}
-        return {**known, "mtime_ns": self.mtime_ns}
+        return {**known, "mtime_ns": self.mtime_ns, "samples": self._samples()}
+
+    def _samples(self) -> str:
+        """A hash over the head, the middle and the tail: tells a file that was replaced and given its old size and time."""
+        digest = hashlib.sha256()
+        with storage.open_input(self.path) as stream:
+            for start in (0, (self.size - _SAMPLE_BYTES) // 2, self.size - _SAMPLE_BYTES):
+                stream.seek(start)
+                digest.update(stream.read(_SAMPLE_BYTES))
+        return digest.hexdigest()
 
 
-def find_files(patterns: str | Sequence[str], base_directory: str, format_: str = "auto") -> list[InputFile]:
+def _identities(files: Sequence[InputFile]) -> Iterator[dict[str, Any]]:
+    """Of each file in order; several are looked at at once, since a remote one takes a few round trips."""
+    with ThreadPoolExecutor(_IDENTITIES_AT_ONCE) as pool:
+        yield from pool.map(InputFile.identity, files)
+
+
+def find_files(
+    patterns: str | Sequence[str], base_directory: str, format_: str = "auto", split: str | None = None
+) -> list[InputFile]:
     """The files that the patterns name, pattern by pattern, each once, in order of relative path.
 
     A file is known by its path below the root of its pattern; where two would be known by one name, as many of their
     parent folders are put before it as tell them apart. Of a directory, only files whose name fits `format_` are taken
-    (`auto`: any known format; `any`: all).
+    (`auto`: any known format; `any`: all; `huggingface`: see huggingface.data_files).
     Raises FileNotFoundError, naming the pattern, when one matches nothing.
     """
     found: dict[str, storage.FileEntry] = {}
@@ -158,7 +129,9 @@ def find_files(patterns: str | Sequence[str], base_directory: str, format_: str 
         except FileNotFoundError:
             raise FileNotFoundError(f"no file matches {pattern!r} (below {base_directory})") from None
         is_directory = [entry.path for entry in entries] != [full] and not any(mark in pattern for mark in "*?[")
-        if is_directory:
+        if format_ == "huggingface":
+            entries = huggingface.data_files(entries, split, pattern)
+        elif is_directory:
             entries = [entry for entry in entries if _fits(entry.relative, format_)]
             if not entries:
                 kind = "readable" if format_ == "auto" else format_
@@ -175,7 +148,7 @@ def _place(entry: storage.FileEntry) -> str:
 
 
 def _fits(name: str, format_: str) -> bool:
-    found = _format_by_name(name)
+    found = format_by_name(name)
     return format_ == "any" or (found is not None if format_ == "auto" else found == format_)
 
 
@@ -190,36 +163,12 @@ def _distinct(names: dict[str, str]) -> dict[str, str]:
 
 
 def file_identities(patterns: str | Sequence[str], base_directory: str) -> list[dict[str, Any]]:
-    """For a stage's fingerprint: relative path, size and sha256 of each file (mtime_ns instead above 64 MiB).
+    """For a stage's fingerprint: relative path, size and sha256 of each file (above 64 MiB: time and hashed samples).
 
     Of a directory every file counts, whatever its format. Raises FileNotFoundError when a pattern matches nothing.
     """
     entries = [patterns] if isinstance(patterns, str) else list(patterns)
-    return [file.identity() for file in find_files(entries, base_directory, "any")]
-
-
-def format_of(name: str, read: ReadSettings) -> str:
-    """The format of a file. Raises SettingsError when `auto` cannot tell."""
-    if read.format != "auto":
-        return read.format
-    found = _format_by_name(name)
-    if found is None:
-        raise SettingsError(
-            f"read.format: auto cannot tell the format of {name!r} from its name "
-            f"(known: {', '.join(_FORMATS)}, with or without {', '.join(_COMPRESSED)}); give read.format"
-        )
-    return found
-
-
-def _format_by_name(name: str) -> str | None:
-    lowered = name.lower()
-    while lowered.endswith(_COMPRESSED):
-        lowered = lowered[: lowered.rindex(".")]
-    return next((kind for suffix, kind in _FORMATS.items() if lowered.endswith(suffix)), None)
-
-
-def is_compressed(name: str) -> bool:
-    return name.lower().endswith(_COMPRESSED)
+    return list(_identities(find_files(entries, base_directory, "any")))
 
 
 def plan_units(read: ReadSettings, base_directory: str, limit_rows: int | None = None) -> list[Unit]:
@@ -253,14 +202,16 @@ def _plan(read: ReadSettings, base_directory: str) -> Iterator[Unit]:
         return Unit(0, file.path, file.relative, kind, start, stop, size, key, tuple((item.path, item.relative) for item in files))
 
     def together(files: list[InputFile]) -> Unit:
-        kind = "html" if format_of(files[0].relative, read) == "html" else "text_files"
+        kind = format_of(files[0].relative, read)
         cut = (0, len(files), sum(file.size for file in files))
-        return make(files[0], kind, cut, [file.identity() for file in files], files)
+        return make(files[0], "text_files" if kind == "text" else kind, cut, [identities[file] for file in files], files)
 
     small: list[InputFile] = []  # whole files as documents: many make a unit
-    for file in find_files(read.patterns(), base_directory, read.format):
+    found = find_files(read.patterns(), base_directory, read.format, read.split)
+    identities = dict(zip(found, _identities(found), strict=True))
+    for file in found:
         kind = format_of(file.relative, read)
-        one_document = kind == "html" or (kind == "text" and read.one_document_per == "file")
+        one_document = kind in WHOLE_FILES or (kind == "text" and read.one_document_per == "file")
         if small:
             size = sum(item.size for item in small) + file.size
             full = size > read.max_unit_bytes or len(small) >= _MAX_FILES_A_UNIT
@@ -270,16 +221,15 @@ def _plan(read: ReadSettings, base_directory: str) -> Iterator[Unit]:
         if one_document:
             small.append(file)
             continue
-        identity = file.identity()
         for cut in _cuts(file, kind, read):
-            yield make(file, kind, cut, identity)
+            yield make(file, kind, cut, identities[file])
     if small:
         yield together(small)
 
 
 def check_files(read: ReadSettings, base_directory: str) -> None:
     """Look at the first files before a run starts. Raises FileNotFoundError and SettingsError as `plan_units` would."""
-    for file in find_files(read.patterns(), base_directory, read.format)[:_FILES_CHECKED]:
+    for file in find_files(read.patterns(), base_directory, read.format, read.split)[:_FILES_CHECKED]:
         if format_of(file.relative, read) == "parquet":
             _row_group_cuts(file, read)
 
@@ -288,8 +238,21 @@ def _cuts(file: InputFile, kind: str, read: ReadSettings) -> list[tuple[int, int
     """(start, stop, bytes) of the units of one file."""
     if kind == "parquet":
         return _row_group_cuts(file, read)
-    if kind in ("warc", "wet") or is_compressed(file.path) or not file.size:
-        return [(0, file.size, file.size)]
+    whole = [(0, file.size, file.size)]
+    if kind in ("warc", "wet", "arrow") or file.size <= read.max_unit_bytes:
+        return whole
+    if kind == "wikipedia":
+        from operators.sources.wikipedia import can_be_cut
+
+        if not can_be_cut(file.path):
+            return whole
+    elif is_compressed(file.path):
+        return whole
+    elif kind in ("csv", "tsv", "text"):
+        from operators.sources.charset import file_encoding, is_wide
+
+        if (kind != "text" and read.csv.quoted_newlines) or is_wide(file_encoding(file.path, read)):
+            return whole
     edges = [*range(0, file.size, read.max_unit_bytes), file.size]
     return [(start, stop, stop - start) for start, stop in itertools.pairwise(edges)]
 
