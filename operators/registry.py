@@ -16,6 +16,8 @@ OPERATORS: dict[str, str] = {
     "gopher_repetition": "operators.filters.gopher_repetition:GopherRepetition",
     "c4_quality": "operators.filters.c4:C4Quality",
     "fineweb_quality": "operators.filters.fineweb:FineWebQuality",
+    "filter_lengths": "operators.filters.lengths:FilterLengths",
+    "filter_ratios": "operators.filters.lengths:FilterRatios",
     "bad_words": "operators.filters.badwords:BadWords",
     "decontaminate": "operators.decontaminate.operator:Decontaminate",
     "redact_pii": "operators.text.pii:RedactPii",

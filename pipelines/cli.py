@@ -90,6 +90,23 @@ def _parser() -> argparse.ArgumentParser:
     stats.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
     stats.set_defaults(run=_stats)
 
+    decide = commands.add_parser("decide", help="tell what other thresholds would change in a run", description=_decide.__doc__)
+    decide.add_argument("directory", metavar="RUN", help="a run's directory, e.g. runs/quickstart")
+    decide.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        dest="settings",
+        metavar="[STAGE.]OPERATOR.OPTION=VALUE",
+        help="an option to change, e.g. web.gopher_quality.min_words=30 or gopher_quality.zh.min_words=20; may be repeated",
+    )
+    decide.add_argument("--stage", metavar="STAGE", help="only this corpus stage")
+    decide.add_argument("--examples", type=_count, default=3, metavar="N", help="rows to show of each change (default: 3)")
+    decide.add_argument("--workers", type=_positive, default=1, metavar="N", help="processes that replay (default: 1)")
+    decide.add_argument("--address", metavar="ADDRESS", help="replay on this Ray cluster (`auto`, or ray://...)")
+    decide.add_argument("--json", action="store_true", help="print one JSON object instead of lines")
+    decide.set_defaults(run=_decide)
+
     submit = commands.add_parser("submit", help="run a recipe as a Ray job on a cluster", description=_submit.__doc__)
     _run_options(submit)
     submit.add_argument("--address", required=True, metavar="URL", help="the cluster's job server, e.g. http://127.0.0.1:8265")
@@ -111,6 +128,13 @@ def _positive(text: str) -> int:
     number = int(text)
     if number < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, got {number}")
+    return number
+
+
+def _count(text: str) -> int:
+    number = int(text)
+    if number < 0:
+        raise argparse.ArgumentTypeError(f"must not be negative, got {number}")
     return number
 
 
@@ -243,6 +267,32 @@ def _stats(parsed: argparse.Namespace) -> int:
     else:
         _OUT.print(tables(found))
     return 0
+
+
+def _decide(parsed: argparse.Namespace) -> int:
+    """Decide again from stored measures, without reading text: which rows another threshold would keep or reject. Without
+    --set, check that the replay makes the decisions of the run again (exit code 1 if it does not)."""
+    import json
+
+    from pipelines.decide import decide, lines
+
+    decisions = decide(
+        storage.absolute(parsed.directory, os.getcwd()),
+        parsed.settings,
+        stage=parsed.stage,
+        examples=parsed.examples,
+        workers=parsed.workers,
+        address=parsed.address,
+    )
+    if parsed.json:
+        _OUT.print(json.dumps([decision.to_json() for decision in decisions], ensure_ascii=False), markup=False)
+    else:
+        for decision in decisions:
+            for line in lines(decision):
+                _OUT.print(line, markup=False)
+    if not decisions:
+        raise SettingsError(f"no stage of {parsed.directory} kept measures")
+    return 1 if any(decision.outcome.disagreeing for decision in decisions) else 0
 
 
 def _submit(parsed: argparse.Namespace) -> int:
