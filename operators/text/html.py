@@ -1,23 +1,27 @@
 """Main text of web pages: bytes as served -> encoding -> parse -> text.
 
-Extraction is by resiliparse (Bevendorff et al. 2018; a C++ parser with rules for main content, some 10x faster) or by
-trafilatura (Barbaresi 2021; more precise on articles).
+Four extractors, by pages a second and F1 on pages with a known article (`python -m benchmarks.corpus.html`, results in
+benchmarks/results/html.json): `danlu` (operators.text.main_content; the default), `resiliparse` (Bevendorff et al. 2018: fastest,
+least precise), `trafilatura` (Barbaresi 2021: slowest, most precise on articles) and `justext` (Pomikalek 2011).
 """
 
 from __future__ import annotations
 
+import functools
 import re
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 import numba
 import numpy as np
 import pyarrow as pa
-from pydantic import Field
+from pydantic import Field, model_validator
+from resiliparse.extract.html2text import extract_plain_text
+from resiliparse.parse.html import HTMLTree
 
 from operators.config import Settings
 from operators.operator import Operator, Verdict
-from operators.text import encoding
+from operators.text import encoding, main_content
 from operators.text.analysis import Analysis
 from operators.text.language import set_column
 
@@ -33,8 +37,12 @@ _SPACES = re.compile(r"\s+")
 class ExtractHtmlSettings(Settings):
     """Reads `content` (bytes as served; with `content_type` and `charset` if there) or `html`, writes `text`."""
 
-    library: Literal["resiliparse", "trafilatura"] = Field(default="resiliparse", description="which library extracts")
-    main_content: bool = Field(default=True, description="only the main content; false takes all visible text")
+    extractor: Literal["danlu", "resiliparse", "trafilatura", "justext"] = Field(
+        default="danlu", description="what finds the main content; benchmarks/results/html.json has the speed and F1 of each"
+    )
+    tables: Literal["keep", "drop"] = Field(default="keep", description="tables of data: one line a row, cells apart, or left out")
+    code: Literal["keep", "drop"] = Field(default="keep", description="preformatted text: lines and indentation kept, or left out")
+    main_content: bool = Field(default=True, description="only the main content; false: all visible text, by resiliparse")
     fall_back: bool = Field(default=True, description="take all visible text of a page where no main content is found")
     title: bool = Field(default=False, description="add the page's title as column `title`")
     max_bytes: int = Field(default=8 << 20, ge=1, description="larger pages are rejected as `too_large`")
@@ -42,6 +50,12 @@ class ExtractHtmlSettings(Settings):
         default=1000, ge=16, description="pages nested deeper are rejected as `too_deep`: their cost is quadratic"
     )
     max_broken: float = Field(default=0.05, ge=0, le=1, description="highest share of broken characters; above it `undecodable`")
+
+    @model_validator(mode="after")
+    def _possible(self) -> Self:
+        if self.extractor == "justext" and ("drop" in (self.tables, self.code) or not self.main_content):
+            raise ValueError("justext takes main content with all its tables and code; choose another extractor")
+        return self
 
 
 @dataclass(frozen=True)
@@ -90,6 +104,25 @@ class ExtractHtml(Operator):
             pa.array([page.value for page in pages], pa.float64()),
         )
 
+    def _extract(self, markup: str) -> tuple[str, str | None]:
+        """(text, title); the text of a page without main content is all that is visible, if `fall_back` is on."""
+        config = self.config
+        tree = HTMLTree.parse(markup)
+        title = _title(tree) if config.title else None
+        text = ""
+        if config.main_content:
+            if config.extractor == "danlu":
+                text = main_content.extract(tree, markup, config.tables, config.code)
+            elif config.extractor == "resiliparse":
+                text = _resiliparse(tree, markup, True, config.tables, config.code)
+            elif config.extractor == "trafilatura":
+                text = _trafilatura(markup, config.tables == "keep", config.code == "keep")
+            else:
+                text = _justext(tree, markup)
+            if text or not config.fall_back:
+                return text, title
+        return _resiliparse(tree, markup, False, config.tables, config.code), title
+
     def _page(self, content: bytes | None, html: str | None, kind: str | None, charset: str | None, text: str | None) -> _Page:
         if content is None and html is None:
             return _Page(text or "", reason=None if text else "empty")
@@ -120,9 +153,7 @@ class ExtractHtml(Operator):
             if depth > self.config.max_depth:
                 return _Page(codec=decoded.encoding, broken=decoded.broken, reason="too_deep", value=depth)
             try:
-                extracted, title = _extract(markup, self.config.library, self.config.main_content, self.config.title)
-                if not extracted and self.config.main_content and self.config.fall_back:
-                    extracted, _ = _extract(markup, self.config.library, False, False)
+                extracted, title = self._extract(markup)
             except (ValueError, RuntimeError) as error:  # what the parsers raise for a page they cannot take
                 return _Page(title=str(error)[:80], codec=decoded.encoding, broken=decoded.broken, reason="unparsable")
         # lone surrogates, which a character reference such as &#xD800; may leave, cannot be stored as UTF-8
@@ -134,30 +165,45 @@ def _values(table: pa.Table, name: str) -> list[Any]:
     return table[name].to_pylist() if name in table.column_names else [None] * table.num_rows
 
 
-def _extract(markup: str, library: str, main_content: bool, with_title: bool) -> tuple[str, str | None]:
-    from resiliparse.extract.html2text import extract_plain_text
-    from resiliparse.parse.html import HTMLTree
-
-    title: str | None = None
-    if library == "resiliparse" or with_title:
-        tree = HTMLTree.parse(markup)
-        if with_title:
-            title = _SPACES.sub(" ", tree.title or "").strip().encode("utf-8", "replace").decode("utf-8")[:500] or None
-    if library == "resiliparse":
-        text = extract_plain_text(
-            tree, preserve_formatting=True, main_content=main_content, list_bullets=True, alt_texts=False, links=False,
-            form_fields=False, noscript=False, comments=False,
-        )  # fmt: skip
-        return text.strip(), title
-    return _trafilatura(markup, main_content), title
+def _title(tree: HTMLTree) -> str | None:
+    return _SPACES.sub(" ", tree.title or "").strip().encode("utf-8", "replace").decode("utf-8")[:500] or None
 
 
-def _trafilatura(markup: str, main_content: bool) -> str:
+def _resiliparse(tree: HTMLTree, markup: str, only_main: bool, tables: main_content.Keep, code: main_content.Keep) -> str:
+    main_content.prepare(tree, markup, tables)
+    return extract_plain_text(
+        tree, preserve_formatting=True, main_content=only_main, list_bullets=True, alt_texts=False, links=False,
+        form_fields=False, noscript=False, comments=False, skip_elements=["pre"] if code == "drop" else [],
+    ).strip()  # fmt: skip
+
+
+def _trafilatura(markup: str, tables: bool, code: bool) -> str:
     import trafilatura
 
-    if main_content:
-        return (trafilatura.extract(markup, include_comments=False, include_tables=True, deduplicate=False) or "").strip()
-    return trafilatura.html2txt(markup).strip()
+    prune = None if code else ["//pre"]
+    found = trafilatura.extract(markup, include_comments=False, include_tables=tables, deduplicate=False, prune_xpath=prune)
+    return (found or "").strip()
+
+
+def _justext(tree: HTMLTree, markup: str) -> str:
+    """With the stop words of the language that most of the page's words are stop words of; without, where none fits (Chinese)."""
+    import justext
+
+    visible = tree.body.text if tree.body is not None else ""
+    words = set((visible or "").lower().split())
+    _, known = max(_stop_words().items(), key=lambda item: (len(words & item[1]), item[0]))
+    options = {} if len(words & known) >= 5 else {"stopwords_low": 0, "stopwords_high": 0}
+    paragraphs = justext.justext(
+        markup.encode("utf-8", "replace"), known if not options else frozenset(), encoding="utf-8", **options
+    )
+    return "\n\n".join(paragraph.text for paragraph in paragraphs if not paragraph.is_boilerplate)
+
+
+@functools.cache
+def _stop_words() -> dict[str, frozenset[str]]:
+    import justext
+
+    return {language: justext.get_stoplist(language) for language in sorted(justext.get_stoplists())}
 
 
 def nesting_depth(markup: str) -> int:

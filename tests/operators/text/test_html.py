@@ -36,10 +36,10 @@ def extract(content: bytes | None, content_type: str | None = "text/html", chars
     return {**row, "reason": verdict.reason.to_pylist()[0], "value": verdict.value.to_pylist()[0]}
 
 
-@pytest.mark.parametrize("library", ["resiliparse", "trafilatura"])
+@pytest.mark.parametrize("extractor", ["danlu", "resiliparse", "trafilatura", "justext"])
 @pytest.mark.parametrize("text", [ENGLISH * 3, CHINESE * 5])
-def test_the_main_text_is_extracted(library: str, text: str) -> None:
-    row = extract(page(text).encode(), library=library, title=True)
+def test_the_main_text_is_extracted(extractor: str, text: str) -> None:
+    row = extract(page(text).encode(), extractor=extractor, title=True)
     assert text in row["text"]
     assert "Contact" not in row["text"]
     assert "var x" not in row["text"]
