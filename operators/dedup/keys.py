@@ -46,7 +46,7 @@ def document_keys(batch: pa.RecordBatch | pa.Table, ordinals: np.ndarray, option
         )
         records["exact"] = np.column_stack([hashes, ordinals])
     if options.finds_near:
-        signatures = _signatures(batch, options)
+        signatures = document_signatures(batch, options)
         signed = int(signatures.signed.sum())
         bands, rows = options.shape
         hashes = band_hashes(signatures.values[signatures.signed], bands, rows)
@@ -113,7 +113,8 @@ def _langs(batch: pa.RecordBatch | pa.Table, options: ShingleOptions) -> pa.Arra
     return batch.column(options.language_column) if options.language_column else None
 
 
-def _signatures(batch: pa.RecordBatch | pa.Table, options: DedupOptions) -> Signatures:
+def document_signatures(batch: pa.RecordBatch | pa.Table, options: DedupOptions) -> Signatures:
+    """The signatures of a batch, by the back end and the shingle definition of the options."""
     make = sign if options.backend == "kernel" else sign_with_datasketch
     texts, langs, keep = batch.column(options.column), _langs(batch, options), options.digits == "keep"
     shape = (options.permutations, options.seed, *_sizes(options))

@@ -14,7 +14,7 @@ from operators import shards
 from operators.dedup import cutting
 from operators.dedup.cutting import CutPlan
 from operators.dedup.schedule import Phase
-from tests.operators.dedup.corpus import context_of, write_corpus
+from tests.operators.dedup.corpus import bytes_below, context_of, write_corpus
 
 
 def documents(rows: list[str], **columns: list[Any]) -> pa.Table:
@@ -51,3 +51,9 @@ def kept_texts(directory: str) -> list[str]:
 def cut_spans(directory: str) -> list[dict[str, Any]]:
     names = shards.load_manifest(directory).files["cut"]
     return [row for name in names for row in pq.read_table(f"{directory}/{name}").to_pylist()]
+
+
+def same_bytes(directory: Path) -> dict[str, bytes]:
+    """What must not depend on the cluster or the partitions: everything but times and the settings in the manifest."""
+    files = bytes_below(directory)
+    return {name: data for name, data in files.items() if not name.startswith("timings") and name != "manifest.json"}
