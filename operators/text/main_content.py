@@ -20,17 +20,19 @@ from resiliparse.parse.html import HTMLTree
 
 Keep = Literal["keep", "drop"]
 
-_CLASSES = frozenset(
+_CLASS_NAMES = (
     "entry-content post-content post-body post__content post__body post_content post_body blog-post-content td-post-content "
     "article-body article__body articleBody article-content article__content articleContent article_content content-article "
     "article-text article_text articletext article-main story-body story-content single-content body-text body-copy "
     "content-body content-text rich-text richtext node-content field--name-body field-name-body entry newsContent news-content "
-    "TRS_Editor rich_media_content RichText Post-RichText rm_txt_con art_content article-con text_con news_txt show-content".split()  # noqa: SIM905 (forty names)
+    "TRS_Editor rich_media_content RichText Post-RichText rm_txt_con art_content article-con text_con news_txt show-content"
 )
-_IDS = frozenset(
+_CLASSES = frozenset(_CLASS_NAMES.split())
+_ID_NAMES = (
     "article-body articleBody article-content article_content articleContent content-body story-body post-body js_content zoom "
-    "artibody endText cnblogs_post_body content_views Cnt-Main-Article-QQ p-detail main_content ContentBody".split()  # noqa: SIM905
+    "artibody endText cnblogs_post_body content_views Cnt-Main-Article-QQ p-detail main_content ContentBody"
 )
+_IDS = frozenset(_ID_NAMES.split())
 _ATTRIBUTES = re.compile(r"""(?:class|id)\s*=\s*["']?([^"'>]{4,200})""")
 _CAPTIONS = ['[class*="caption"]', '[id*="caption"]', "figcaption"]
 _LINE_NUMBERS = ["td.linenos", "td.gutter", ".linenodiv", ".line-numbers-rows", ".lineno", "td.blob-num"]
