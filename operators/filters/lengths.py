@@ -93,17 +93,8 @@ class _Limited(Filter):
         asked = {rule.score for rule in self._rules for item in all_limits if getattr(item, rule.limit) is not None}
         if not asked:
             raise SettingsError(f"{self.name}: set at least one limit, e.g. {next(iter(self.limits.model_fields))}")
-        # all of a kind cost the same, and measures that are there can be tried by `danlu decide` without a run
-        self._measured = [name for name in self._scores() if self._is_found_with(name, asked)]
-
-    def _scores(self) -> list[str]:
-        return list(dict.fromkeys(rule.score for rule in self._rules))
-
-    @staticmethod
-    def _is_found_with(name: str, asked: set[str]) -> bool:
-        return any(
-            (name in kind) and any(item in kind for item in asked) for kind in (counts.CHARACTER_MEASURES, counts.WORD_MEASURES)
-        )
+        measures = counts.found_with(asked)  # more than asked, so that `danlu decide` can try limits on the others
+        self._measured = [name for name in dict.fromkeys(rule.score for rule in self._rules) if name in measures]
 
     @property
     def decide_options(self) -> frozenset[str]:  # type: ignore[override]
@@ -122,7 +113,7 @@ class _Limited(Filter):
         codes = languages(table, scores.get("language_guess"))
         index, limits = limits_by_row(self._defaults, self.config.thresholds, codes)
         rules = [rule for rule in self._rules if rule.score in scores]
-        return first_failing(rules, as_numpy(scores, [name for name in self._scores() if name in scores]), index, limits)
+        return first_failing(rules, as_numpy(scores, list({rule.score for rule in rules})), index, limits)
 
 
 class FilterLengths(_Limited):

@@ -43,6 +43,12 @@ MEASURES = {**CHARACTER_MEASURES, **WORD_MEASURES}
 INTEGERS = ("characters", "bytes", "lines", "longest_line", "tokens", "words", "longest_word")
 
 
+def found_with(asked: Collection[str]) -> list[str]:
+    """The measures asked for and those that cost nothing more beside them."""
+    kinds = [kind for kind in (CHARACTER_MEASURES, WORD_MEASURES) if any(name in kind for name in asked)]
+    return [name for kind in kinds for name in kind]
+
+
 def count(analysis: Analysis, wanted: Collection[str]) -> dict[str, np.ndarray]:
     """The wanted measures (of MEASURES), int64 for INTEGERS, else float64. Words are found only if one asks for them."""
     found: dict[str, np.ndarray] = {}
