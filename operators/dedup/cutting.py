@@ -38,7 +38,7 @@ SCHEMA = pa.schema(
         pa.field("end_byte", pa.int64(), nullable=False),
         pa.field("kept_ordinal", pa.uint64(), nullable=False),  # the row that holds the first occurrence
         pa.field("kept_id", pa.string(), nullable=False),
-        pa.field("documents", pa.uint64(), nullable=False),  # rows that hold it; 1: repeated within this one
+        pa.field("documents", pa.uint64()),  # rows that hold it, 1: repeated within this one; null where not counted
         pa.field("text", pa.large_string(), nullable=False),  # its first 200 characters
         pa.field("rejected", pa.bool_(), nullable=False),  # the row was left too short and is in the rejects, uncut
     ]
@@ -81,24 +81,34 @@ class CutPlan:
 
 @dataclass(frozen=True)
 class Cuts:
-    """What goes out of one batch, sorted by row and start: bytes within each text. `kept` uint64 ordinals, `documents` uint64."""
+    """What goes out of one batch, sorted by row and start: bytes within each text.
+
+    `kept` uint64 holds the ordinals of the rows with the first occurrence, `documents` uint64 how many rows hold it.
+    """
 
     rows: np.ndarray
     starts: np.ndarray
     ends: np.ndarray
     kept: np.ndarray
-    documents: np.ndarray
+    documents: np.ndarray | None
 
 
 FindCuts = Callable[[np.ndarray, pa.RecordBatch], Cuts]
 """From (ordinals uint64[rows], batch) to what is cut."""
 
 
-def cut_part(plan: CutPlan, number: int, find: FindCuts, names: tuple[np.ndarray, pa.Array], mark: bool = False) -> None:
+def cut_part(
+    plan: CutPlan,
+    number: int,
+    find: FindCuts,
+    names: tuple[np.ndarray, pa.Array],
+    mark: bool = False,
+    done: Callable[[], None] = lambda: None,
+) -> None:
     """Write part `number` without what `find` finds, and commit it as a unit of the stage.
 
     `names` are the (sorted ordinals, ids) of the rows that cuts refer to. With `mark` no text is touched: a column
-    `duplicate_spans` list<struct<start, end>> (bytes) tells where the spans are.
+    `duplicate_spans` list<struct<start, end>> (bytes) tells where the spans are. `done` is called before the unit counts.
     """
     part, options = plan.parts[number], plan.options
     writer = shards.UnitWriter(plan.directory, number)
@@ -139,6 +149,7 @@ def cut_part(plan: CutPlan, number: int, find: FindCuts, names: tuple[np.ndarray
     except BaseException:
         writer.abandon()
         raise
+    done()
     exchange.commit(plan.directory, "cut", number, {"table": name})
 
 
@@ -190,7 +201,7 @@ def _spans(
             pa.array(cuts.ends),
             pa.array(cuts.kept),
             ids.take(pa.array(np.searchsorted(known, cuts.kept))),
-            pa.array(cuts.documents),
+            pa.nulls(len(cuts.rows), pa.uint64()) if cuts.documents is None else pa.array(cuts.documents),
             shown,
             pa.array(short[cuts.rows]),
         ],
@@ -208,7 +219,7 @@ def _slices(text: pa.Array, cuts: Cuts) -> pa.Array:
 
 
 def _examples(table: pa.Table) -> list[dict[str, Any]]:
-    """Three of a part's spans: the most widespread, then the first."""
+    """Three of a part's spans: the most widespread (where that is counted), then the first."""
     order = pc.sort_indices(table, [("documents", "descending"), ("ordinal", "ascending"), ("start_byte", "ascending")])
     found = table.take(order.slice(0, 3)).select(["id", "kept_id", "documents", "text"])
     return list(found.to_pylist())
