@@ -163,8 +163,7 @@ def _find_exception(hashes, key):  # type: ignore[no-untyped-def]
 
 
 @numba.njit(cache=True, nogil=True)
-def _exception_at(data, where, low, high, exceptions):  # type: ignore[no-untyped-def]
-    hashes, _, begin, end = exceptions
+def _exception_at(data, where, low, high, hashes, begin, end):  # type: ignore[no-untyped-def]
     size = where[high] - where[low]
     if not _may_be_exception(data[where[low]], data[where[high] - 1], size, begin, end):
         return -1
@@ -327,67 +326,45 @@ def _is_url(points, bits, low, high):  # type: ignore[no-untyped-def]
 
 
 @numba.njit(cache=True, nogil=True)
-def _emit(data, where, points, bits, low, high, words, out):  # type: ignore[no-untyped-def]
-    """Append the word of characters [low, high)."""
-    start, length, size, flags, hashes = out
-    has = np.uint8(0)
-    for i in range(low, high):
-        if bits[i] & ALPHA:
-            has |= HAS_ALPHA
-        if not bits[i] & SYMBOL:
-            has |= NOT_SYMBOL
-    start[words] = where[low]
-    length[words] = where[high] - where[low]
-    size[words] = high - low
-    flags[words] = has
-    hashes[words] = hash_bytes(data, where[low], where[high])
-    return words + 1
-
-
-@numba.njit(cache=True, nogil=True)
-def _emit_pieces(data, where, points, bits, low, high, pieces, words, out):  # type: ignore[no-untyped-def]
-    for k in range(4):
-        if pieces[k]:
-            words = _emit(data, where, points, bits, low, low + pieces[k], words, out)
-            low += pieces[k]
-    return words
-
-
-@numba.njit(cache=True, nogil=True)
-def _spaced(data, where, points, bits, low, high, words, out, exceptions, units, suffixes):  # type: ignore[no-untyped-def]
-    """Split one run of non-space characters as spaCy's English tokenizer does."""
+def _spaced(  # type: ignore[no-untyped-def]
+    data, where, points, bits, low, high, ends, words, hashes, pieces, first_bytes, last_bytes, units, suffixes
+):
+    """Split one run of non-space characters as spaCy's English tokenizer does: append where each word ends to `ends`."""
     plain = True
     for i in range(low, high):
         if not bits[i] & ALPHA:
             plain = False
             break
     if plain and high - low > 12:  # no exception is that long, no rule splits letters
-        return _emit(data, where, points, bits, low, high, words, out)
+        ends[words] = high
+        return words + 1
     found, stripped = -1, 0
     while low < high:
-        found = _exception_at(data, where, low, high, exceptions)
+        found = _exception_at(data, where, low, high, hashes, first_bytes, last_bytes)
         if found >= 0 or plain:
             break
         before = high - low
         prefix = _prefix(points, bits, low, high)
         if prefix:
             if low + prefix < high:
-                found = _exception_at(data, where, low + prefix, high, exceptions)
+                found = _exception_at(data, where, low + prefix, high, hashes, first_bytes, last_bytes)
             if found >= 0:
-                words = _emit(data, where, points, bits, low, low + prefix, words, out)
                 low += prefix
+                ends[words] = low
+                words += 1
                 break
         suffix = _suffix(data, where, points, bits, low + prefix, high, units) if low + prefix < high else 0
         if suffix and low < high - suffix:
-            found = _exception_at(data, where, low, high - suffix, exceptions)
+            found = _exception_at(data, where, low, high - suffix, hashes, first_bytes, last_bytes)
             if found >= 0:
                 suffixes[stripped] = suffix
                 stripped += 1
                 high -= suffix
                 break
         if prefix:
-            words = _emit(data, where, points, bits, low, low + prefix, words, out)
             low += prefix
+            ends[words] = low
+            words += 1
         if suffix and low < high:
             suffixes[stripped] = suffix
             stripped += 1
@@ -396,23 +373,30 @@ def _spaced(data, where, points, bits, low, high, words, out, exceptions, units,
             break
     if low < high:
         if found >= 0:
-            words = _emit_pieces(data, where, points, bits, low, high, exceptions[1][found], words, out)
+            for k in range(4):
+                if pieces[found, k]:
+                    low += pieces[found, k]
+                    ends[words] = low
+                    words += 1
         elif plain or _is_url(points, bits, low, high):
-            words = _emit(data, where, points, bits, low, high, words, out)
+            ends[words] = high
+            words += 1
         else:
             begin, i = low, low
             while i < high:
                 infix = _infix(points, bits, low, i, high)
                 if infix and i > begin:
-                    words = _emit(data, where, points, bits, begin, i, words, out)
-                    words = _emit(data, where, points, bits, i, i + infix, words, out)
+                    ends[words], ends[words + 1] = i, i + infix
+                    words += 2
                     begin = i + infix
                 i += max(infix, 1)
             if begin < high:
-                words = _emit(data, where, points, bits, begin, high, words, out)
+                ends[words] = high
+                words += 1
     for k in range(stripped - 1, -1, -1):
-        words = _emit(data, where, points, bits, high, high + suffixes[k], words, out)
         high += suffixes[k]
+        ends[words] = high
+        words += 1
     return words
 
 
@@ -502,16 +486,17 @@ def _byte_classes() -> np.ndarray:
 
 
 @numba.njit(cache=True, nogil=True)
-def _split(data, starts, ends, table, classes, cuts, exceptions, units, out, word_offsets):  # type: ignore[no-untyped-def]
-    """Words of every text into the arrays of `out`; `cuts` are the lengths of the Chinese words, in order.
+def _split(  # type: ignore[no-untyped-def]
+    data, starts, ends, table, classes, cuts, hashes, pieces, first_bytes, last_bytes, units,
+    points, where, bits, word_ends, suffixes, start_of, length_of, size_of, flags_of, hash_of, word_offsets,
+):  # fmt: skip
+    """Words of every text; `cuts` are the lengths of the Chinese words, in order. Returns their number, or -1 where a run
+    is longer than the buffers of one (`points` to `suffixes`).
 
     Runs of ASCII letters, with a mark after them or not, are most of what English text is: they are split from the bytes.
-    Every other run between white space is decoded and goes by the rules.
+    Every other run between white space is decoded and goes by the rules. (No array is assigned and no tuple of arrays
+    passed in here: each would be counted as a reference, atomically, for every word.)
     """
-    start_of, length_of, size_of, flags_of, hash_of = out
-    hashes, pieces, first_bytes, last_bytes = exceptions
-    points, where = np.empty(4096, np.int32), np.empty(4096, np.int64)
-    bits, suffixes = np.empty(4096, np.uint32), np.empty(4096, np.int32)
     unspaced = HAN | KANA | UNSPACED
     words, cut = 0, 0
     for row in range(len(starts)):
@@ -529,22 +514,9 @@ def _split(data, starts, ends, table, classes, cuts, exceptions, units, out, wor
                 while i < end and classes[data[i]] == _A_LETTER:
                     key = key * _BASE + (np.uint64(data[i]) + _ONE)
                     i += 1
-                mark = np.uint8(0)  # what follows the letters and is split off
                 after = i
                 if i < end and classes[data[i]] == _A_MARK and (i + 1 == end or classes[data[i + 1]] == _A_SPACE) and not jieba:
-                    byte = data[i]
-                    if byte == 46:
-                        if 97 <= data[i - 1] <= 122 or (i - 1 > begin and 65 <= data[i - 2] <= 90):
-                            whole = key * _BASE + np.uint64(47)
-                            if not _may_be_exception(data[begin], byte, i + 1 - begin, first_bytes, last_bytes) or (
-                                _find_exception(hashes, whole) < 0
-                            ):
-                                mark = byte
-                    elif (
-                        byte == 44 or byte == 59 or byte == 58 or byte == 33 or byte == 63 or byte == 41 or byte == 93 or byte == 34
-                    ) and not _may_be_exception(data[begin], byte, i + 1 - begin, first_bytes, last_bytes):
-                        mark = byte
-                    after += mark != 0
+                    after += _splits_off(data, begin, i, key, hashes, first_bytes, last_bytes)
                 if after == end or classes[data[after]] == _A_SPACE:
                     slot = -1
                     if not jieba and _may_be_exception(data[begin], data[i - 1], i - begin, first_bytes, last_bytes):
@@ -552,23 +524,30 @@ def _split(data, starts, ends, table, classes, cuts, exceptions, units, out, wor
                     if slot >= 0:
                         low = begin
                         for k in range(4):
-                            if pieces[slot, k]:
-                                start_of[words], length_of[words], size_of[words] = low, pieces[slot, k], pieces[slot, k]
-                                flags_of[words] = HAS_ALPHA | NOT_SYMBOL
-                                hash_of[words] = hash_bytes(data, low, low + pieces[slot, k])
-                                low += pieces[slot, k]
+                            size = np.int64(pieces[slot, k])
+                            if size:
+                                start_of[words], length_of[words], size_of[words] = low, size, size
+                                flags_of[words], hash_of[words] = HAS_ALPHA | NOT_SYMBOL, hash_bytes(data, low, low + size)
+                                low += size
                                 words += 1
                     else:
                         start_of[words], length_of[words], size_of[words] = begin, i - begin, i - begin
                         flags_of[words], hash_of[words] = HAS_ALPHA | NOT_SYMBOL, key
                         words += 1
-                    if mark:
+                    if after > i:
                         start_of[words], length_of[words], size_of[words] = i, 1, 1
-                        flags_of[words], hash_of[words] = 0, np.uint64(mark) + _ONE
+                        flags_of[words], hash_of[words] = 0, np.uint64(data[i]) + _ONE
                         words += 1
                     i = after
                     continue
                 i = begin
+            elif kind == _A_MARK and not jieba and (i + 1 == end or classes[data[i + 1]] == _A_SPACE):
+                start_of[words], length_of[words], size_of[words] = i, 1, 1
+                flags_of[words] = 0 if table[data[i]] & SYMBOL else NOT_SYMBOL
+                hash_of[words] = np.uint64(data[i]) + _ONE
+                words += 1
+                i += 1
+                continue
             # the run up to the next white space, decoded
             count = 0
             while i < end:
@@ -580,8 +559,7 @@ def _split(data, starts, ends, table, classes, cuts, exceptions, units, out, wor
                 if flags & SPACE:
                     break
                 if count + 1 == len(points):
-                    points, where = _doubled(points), _doubled(where)
-                    bits, suffixes = _doubled(bits), _doubled(suffixes)
+                    return -1
                 points[count], where[count], bits[count] = point, i, flags
                 count += 1
                 i += step
@@ -590,36 +568,71 @@ def _split(data, starts, ends, table, classes, cuts, exceptions, units, out, wor
                 _, step = decode_one(data, i)  # a wide space
                 i += step
                 continue
-            k = 0
+            k = found = 0
             while k < count:
+                low = k
                 if chinese and bits[k] & HAN:
-                    words = _emit(data, where, points, bits, k, k + cuts[cut], words, out)
                     k += cuts[cut]
                     cut += 1
-                    continue
-                low = k
-                k += 1
-                if jieba:
+                elif jieba:
                     k = _jieba_end(points, low, count)
-                    words = _emit(data, where, points, bits, low, k, words, out)
-                    continue
-                if bits[low] & unspaced:
+                elif bits[k] & unspaced:
+                    k += 1
                     while k < count and bits[k] & MARK:
                         k += 1
-                    words = _emit(data, where, points, bits, low, k, words, out)
-                    continue
-                while k < count and not bits[k] & unspaced:
+                else:
                     k += 1
-                words = _spaced(data, where, points, bits, low, k, words, out, exceptions, units, suffixes)
+                    while k < count and not bits[k] & unspaced:
+                        k += 1
+                    found = _spaced(
+                        data,
+                        where,
+                        points,
+                        bits,
+                        low,
+                        k,
+                        word_ends,
+                        found,
+                        hashes,
+                        pieces,
+                        first_bytes,
+                        last_bytes,
+                        units,
+                        suffixes,
+                    )
+                    continue
+                word_ends[found] = k
+                found += 1
+            low = 0
+            for k in range(found):
+                high = word_ends[k]
+                flags = np.uint8(0)
+                for place in range(low, high):
+                    if bits[place] & ALPHA:
+                        flags |= np.uint8(HAS_ALPHA)
+                    if not bits[place] & SYMBOL:
+                        flags |= np.uint8(NOT_SYMBOL)
+                first, last = where[low], where[high]
+                start_of[words], length_of[words], size_of[words] = first, last - first, high - low
+                flags_of[words], hash_of[words] = flags, hash_bytes(data, first, last)
+                words += 1
+                low = high
     word_offsets[len(starts)] = words
     return words
 
 
-@numba.njit(cache=True, nogil=True)
-def _doubled(array):  # type: ignore[no-untyped-def]
-    wider = np.empty(2 * len(array), array.dtype)
-    wider[: len(array)] = array
-    return wider
+@numba.njit(cache=True, nogil=True, inline="always")
+def _splits_off(data, begin, i, key, hashes, first_bytes, last_bytes):  # type: ignore[no-untyped-def]
+    """Whether the mark at byte `i`, the last of its run and after letters alone, is split off (0 or 1). 0 may mean unknown."""
+    byte = data[i]
+    may_be = _may_be_exception(data[begin], byte, i + 1 - begin, first_bytes, last_bytes)
+    if byte == 46:  # after a small letter, or after two letters of which the first is a capital
+        if not (97 <= data[i - 1] <= 122 or (i - 1 > begin and 65 <= data[i - 2] <= 90)):
+            return 0
+        return 0 if may_be and _find_exception(hashes, key * _BASE + np.uint64(47)) >= 0 else 1
+    if byte == 44 or byte == 59 or byte == 58 or byte == 33 or byte == 63 or byte == 41 or byte == 93 or byte == 34:
+        return 0 if may_be else 1
+    return 0
 
 
 _JIEBA_BYTES = 1 << 20  # one call of the segmenter; bounds the Python strings that exist at once
@@ -654,5 +667,11 @@ def split(data: np.ndarray, starts: np.ndarray, ends: np.ndarray) -> tuple[np.nd
            np.empty(total, np.uint64))  # fmt: skip
     word_offsets = np.empty(len(starts) + 1, np.int64)
     cuts = _cut_han(data, starts, ends)
-    words = _split(data, starts, ends, characters.table(), _byte_classes(), cuts, _exceptions(), _units(), out, word_offsets)
+    words, room = -1, 1 << 14  # characters of the longest run between white space
+    while words < 0:
+        buffers = [np.empty(room, kind) for kind in (np.int32, np.int64, np.uint32, np.int64, np.int32)]
+        words = _split(
+            data, starts, ends, characters.table(), _byte_classes(), cuts, *_exceptions(), _units(), *buffers, *out, word_offsets
+        )
+        room *= 16
     return (word_offsets, *(array[:words] for array in out))
