@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 import numba
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from pydantic import Field
 
 from operators.config import Settings
@@ -38,6 +39,10 @@ _REASONS = ("lorem_ipsum", "curly_bracket", "few_sentences")
 class C4QualitySettings(Settings):
     """C4's rules."""
 
+    languages: list[str] | None = Field(
+        default=None,
+        description="languages that are judged, null is all; others pass unchanged (FineWeb-2 has no C4 for Chinese)",
+    )
     max_word_characters: int | None = Field(default=1000, ge=1, description="lines with a longer word are dropped (not Chinese)")
     citations: bool = Field(default=True, description="remove `[1]`, `[edit]` and `[citation needed]`")
     terminal_punctuation: bool = Field(default=False, description="drop lines that do not end in a mark; C4 does, FineWeb does not")
@@ -59,6 +64,24 @@ class C4Quality(Operator):
 
     def process(self, table: pa.Table, analysis: Analysis | None = None) -> Verdict:
         found = analysis_of(table, analysis)
+        if self.config.languages is not None:
+            codes = languages(table, None if _knows_languages(table) else found.language_guess)
+            wanted = {base_language(code) for code in self.config.languages}
+            judged = np.array([base_language(code) in wanted for code in codes.to_pylist()], np.bool_)
+            return self._only(table, found, judged)
+        return self._process(table, found)
+
+    def _only(self, table: pa.Table, found: Analysis, judged: np.ndarray) -> Verdict:
+        """Judge the rows where `judged` holds."""
+        rows = pa.array(judged)
+        verdict = self._process(table.filter(rows), found.filter(judged))
+        assert verdict.reason is not None and verdict.value is not None
+        place = np.where(judged, np.cumsum(judged) - 1, -1)
+        index = pa.array(place, pa.int64(), mask=~judged)  # null: not judged
+        text = pc.coalesce(verdict.table["text"].take(index), table["text"].cast(pa.large_string()))
+        return Verdict(set_column(table, "text", text), verdict.reason.take(index), verdict.value.take(index))
+
+    def _process(self, table: pa.Table, found: Analysis) -> Verdict:
         first, start, end, code, cited = self._judge(found, _unspaced(table, found))
         condemned = _condemning(first, code)  # 0, or the rule that condemns the document
         code[np.repeat(condemned > 0, np.diff(first))] = _DROP
@@ -118,10 +141,13 @@ class C4Quality(Operator):
 
 def _unspaced(table: pa.Table, analysis: Analysis) -> np.ndarray:
     """bool[texts], whether the language is written without spaces."""
-    known = "lang" in table.column_names and not table["lang"].null_count
-    encoded: Any = languages(table, None if known else analysis.language_guess).dictionary_encode()
+    encoded: Any = languages(table, None if _knows_languages(table) else analysis.language_guess).dictionary_encode()
     listed = np.array([base_language(code) in UNSPACED_LANGUAGES for code in encoded.dictionary.to_pylist()], np.bool_)
     return listed[encoded.indices.to_numpy()]
+
+
+def _knows_languages(table: pa.Table) -> bool:
+    return "lang" in table.column_names and not table["lang"].null_count
 
 
 def _condemning(first: np.ndarray, code: np.ndarray) -> np.ndarray:

@@ -18,6 +18,7 @@ L = TypeVar("L", bound=Settings)
 # what fastText, CLD and ISO 639-3 call the varieties of Chinese that share its thresholds
 _ALIASES = {"cmn": "zh", "yue": "zh", "wuu": "zh", "lzh": "zh", "zho": "zh", "eng": "en", "jpn": "ja", "kor": "ko", "tha": "th"}
 
+PRESET = "the limits that a language starts from: danlu, or fineweb2 (those that FineWeb-2 published for Chinese, word for word)"
 UNSPACED_LANGUAGES = ("zh", "ja", "th", "lo", "km", "my", "bo")
 
 
