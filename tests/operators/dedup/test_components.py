@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from operators.dedup.components import EXACT, NEAR, bucket_pairs, buckets, connected_components, forest, members_of, resolve
+from operators.dedup.components import (
+    EXACT,
+    NEAR,
+    bucket_pairs,
+    buckets,
+    connected_components,
+    forest,
+    forest_mask,
+    members_of,
+    resolve,
+)
 
 Pairs = list[tuple[int, int]]
 
@@ -71,6 +83,55 @@ def test_one_row_of_each_component_stays_and_it_is_the_smallest(exact: Pairs, ne
     twins = [node for node in found.ordinals.tolist() if groups.get(node, node) != node]
     assert found.ordinals[found.kind == EXACT].tolist() == twins
     assert sum((size - 1) * count for size, count in found.cluster_sizes.items()) == int((found.kind == NEAR).sum())
+
+
+@settings(max_examples=100, deadline=None)
+@given(pair_lists, pair_lists, st.sets(st.integers(0, 40)))
+def test_protected_rows_never_go_and_take_all_others_of_their_component_with_them(
+    exact: Pairs, near: Pairs, protected: set[int]
+) -> None:
+    members = members_of(arrays(exact), arrays(near))
+    mask = np.array([int(member) in protected for member in members], bool)
+    found, roots = resolve(arrays(exact), arrays(near), protected=mask), naive_roots(exact + near)
+    strong = {root for node, root in roots.items() if node in protected}
+    expected = {n for n, root in roots.items() if n not in protected and (root in strong or n != root)}
+    assert set(found.ordinals.tolist()) == expected
+    for row, kept in zip(found.ordinals.tolist(), found.kept.tolist(), strict=True):
+        assert roots[kept] == roots[row]
+        assert (kept in protected) == (roots[row] in strong)
+
+
+@settings(max_examples=150, deadline=None)
+@given(pair_lists, pair_lists, st.integers(1, 5), st.lists(st.integers(0, 3), min_size=42, max_size=42))
+def test_a_verified_match_is_a_pair_that_was_confirmed_whatever_the_partitioning(
+    exact: Pairs, near: Pairs, pieces: int, scores: list[int]
+) -> None:
+    shape = {node: node // 2 for node in range(42)}  # neighbours have equal shingle sets, and so do exact copies
+    twins = [pair for pair in exact if shape[pair[0]] == shape[pair[1]]]
+    confirmed = {(2 * max(shape[a], shape[b]), 2 * min(shape[a], shape[b])) for a, b in near if shape[a] != shape[b]}
+    same = sorted({(2 * shape[node] + 1, 2 * shape[node]) for pair in near + twins for node in pair})
+
+    def alike(a: int, b: int) -> float:
+        return 1.0 if shape[a] == shape[b] else 0.5 + (31 * min(shape[a], shape[b]) + max(shape[a], shape[b])) / 10_000
+
+    def outcome(count: int) -> list[list[Any]]:
+        kept: list[Pairs] = []
+        for piece in range(count):
+            high, low = arrays(sorted(confirmed)[piece::count])
+            mask = forest_mask(high, low)
+            kept.append([*zip(high[mask].tolist(), low[mask].tolist(), strict=True), *same])
+        pairs = [pair for piece in kept for pair in piece]
+        members = members_of(arrays(twins), arrays(pairs))
+        similarity = np.array([alike(*pair) for pair in pairs])
+        found = resolve(arrays(twins), arrays(pairs), np.array(scores, float)[members.astype(int)], similarity=similarity)
+        return [each.tolist() for each in (found.ordinals, found.kept, found.match, found.kind, found.similarity)]
+
+    whole = outcome(1)
+    assert whole == outcome(pieces)
+    for row, _, match, kind, similarity in zip(*whole, strict=True):
+        assert similarity == alike(row, match)
+        high, low = 2 * max(shape[row], shape[match]), 2 * min(shape[row], shape[match])
+        assert kind == EXACT or high == low or (high, low) in confirmed
 
 
 def test_the_best_of_a_cluster_stays_and_ties_go_to_the_first() -> None:

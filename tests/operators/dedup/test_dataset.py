@@ -22,7 +22,9 @@ def dataset_of(table: pa.Table, block_rows: int) -> ray.data.Dataset:
     return ray.data.from_arrow([table.slice(start, block_rows) for start in range(0, len(table), block_rows)])
 
 
-@pytest.mark.parametrize("extra", [{}, {"verify": True, "partitions": 3}, {"keep": "longest", "signature": "datasketch"}])
+@pytest.mark.parametrize(
+    "extra", [{}, {"verify": True, "partitions": 3}, {"keep": "longest", "priority": ["test"], "signature": "datasketch"}]
+)
 def test_a_dataset_loses_the_rows_that_the_stage_removes(tmp_path: Path, extra: dict[str, Any]) -> None:
     table = documents(15)
     run_stage(tmp_path, "clean", {"web": write_corpus(tmp_path, "web", table, 20)}, **OPTIONS, **extra)

@@ -32,21 +32,21 @@ def sets(labelled: near_dup.Labelled) -> tuple[np.ndarray, np.ndarray]:
     return document_shingles(labelled.documents, options)
 
 
-def assert_on_the_curve(curves: near_dup.Curves) -> None:
+def assert_on_the_curve(curves: near_dup.Curves, errors: float) -> None:
     for shape, languages in curves.items():
         for language, bins in languages.items():
             assert len(bins) == 10
             for each in bins:
-                assert abs(each.deviation) <= 3, (shape, language, each)
+                assert abs(each.deviation) <= errors, (shape, language, each)
 
 
 def test_pairs_meet_as_often_as_bands_and_rows_promise(labelled: near_dup.Labelled) -> None:
-    assert_on_the_curve(near_dup.curves(labelled, 3, [(14, 8)]))
+    assert_on_the_curve(near_dup.curves(labelled, 3, [(14, 8)]), errors=4)
 
 
 @pytest.mark.slow
 def test_the_mean_of_twenty_seeds_lies_on_the_theoretical_curve(labelled: near_dup.Labelled) -> None:
-    assert_on_the_curve(near_dup.curves(labelled, 20))
+    assert_on_the_curve(near_dup.curves(labelled, 20), errors=3)
 
 
 def test_a_wrong_shape_is_off_the_curve(labelled: near_dup.Labelled) -> None:
