@@ -1,6 +1,12 @@
-"""The plain back end: the same signatures made by datasketch, one document at a time. Slow; a reference and a choice."""
+"""The plain back end: the same signatures made by datasketch, one document at a time. Slow; a reference and a choice.
+
+Also the way out to datasketch and back: signatures as LeanMinHash.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
@@ -8,7 +14,11 @@ import pyarrow as pa
 from operators.dedup.normalise import AUTO, CHARACTERS, WORDS, code_table, compose, is_unspaced, normalised_tokens
 from operators.dedup.signatures import Signatures, units_of
 
+if TYPE_CHECKING:
+    import datasketch
+
 _MASK = (1 << 64) - 1
+_SCHEME = "affine32"  # datasketch's default permutations since version 2
 
 
 def shingle_hash32(shingle: bytes) -> int:
@@ -74,5 +84,34 @@ def sign_with_datasketch(
             encoded = [("" if resolved == CHARACTERS else " ").join(shingle).encode() for shingle in found]
             minhash = datasketch.MinHash(count, seed, permutations=empty.permutations, scheme=empty.scheme)
         minhash.update_batch(encoded)
+        values[row], signed[row] = minhash.hashvalues, True
+    return Signatures(values, signed)
+
+
+def to_lean(signatures: Signatures, seed: int = 1) -> list[datasketch.LeanMinHash | None]:
+    """Each signature as a `datasketch.LeanMinHash`, None for a document without shingles. `seed` is the one they were made with.
+
+    With `signature: datasketch` they equal those that `datasketch.MinHash(k, seed)` makes; with `fast` they compare with each
+    other, and with MinHashes whose `hashfunc` is `shingle_hash32`.
+    """
+    import datasketch
+
+    rows = zip(signatures.values, signatures.signed.tolist(), strict=True)
+    return [datasketch.LeanMinHash(seed=seed, hashvalues=row, scheme=_SCHEME) if signed else None for row, signed in rows]
+
+
+def from_lean(minhashes: Sequence[datasketch.MinHash | None], count: int, seed: int = 1) -> Signatures:
+    """The signatures of MinHashes (lean or not) of `count` permutations; None becomes an unsigned row.
+
+    Raises ValueError, naming the row, for another number of permutations, seed or permutation scheme.
+    """
+    values, signed = np.full((len(minhashes), count), 0xFFFFFFFF, np.uint32), np.zeros(len(minhashes), np.bool_)
+    for row, minhash in enumerate(minhashes):
+        if minhash is None:
+            continue
+        found = (len(minhash), minhash.seed, minhash.scheme)
+        if found != (count, seed, _SCHEME):
+            told = "MinHash {} has {} permutations, seed {} and scheme {!r}".format(row, *found)
+            raise ValueError(f"{told}; expected {count}, {seed} and {_SCHEME!r}")
         values[row], signed[row] = minhash.hashvalues, True
     return Signatures(values, signed)

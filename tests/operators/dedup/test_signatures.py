@@ -14,7 +14,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from operators.dedup.normalise import CHARACTERS, WORDS
-from operators.dedup.reference import shingles, sign_with_datasketch
+from operators.dedup.reference import from_lean, shingles, sign_with_datasketch, to_lean
 from operators.dedup.signatures import permutations, shingle_sets, sign
 
 ENGLISH = "The quick brown fox jumps over the lazy dog, and then the dog jumps over the quick brown fox again."
@@ -118,6 +118,24 @@ def test_agreement_of_signatures_estimates_jaccard() -> None:
         exact = len(a & b) / len(a | b)
         values = sign(pa.array(texts), 1024).values
         assert abs((values[0] == values[1]).mean() - exact) < 4 * np.sqrt(0.25 / 1024)
+
+
+def test_signatures_go_out_as_lean_minhashes_and_come_back() -> None:
+    texts = pa.array([ENGLISH, "too short", CHINESE, CHINESE + ENGLISH])
+    signed = sign(texts, 64, seed=5, hashing="datasketch")
+    lean = to_lean(signed, seed=5)
+    assert lean[1] is None
+    words = re.findall(r"[a-z]+", ENGLISH.lower())
+    english = datasketch.MinHash(64, seed=5)
+    english.update_batch([" ".join(words[i : i + 5]).encode() for i in range(len(words) - 4)])
+    assert lean[0] == datasketch.LeanMinHash(english)
+    buffer = bytearray(lean[2].bytesize())
+    lean[2].serialize(buffer)
+    back = from_lean([lean[0], None, datasketch.LeanMinHash.deserialize(buffer), lean[3]], 64, seed=5)
+    assert (back.values == signed.values).all()
+    assert (back.signed == signed.signed).all()
+    with pytest.raises(ValueError, match="MinHash 1 has 64 permutations, seed 5 and scheme 'affine32'; expected 64, 6"):
+        from_lean([None, lean[0]], 64, seed=6)
 
 
 def test_an_unknown_hash_is_refused() -> None:
