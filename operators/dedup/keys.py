@@ -14,6 +14,7 @@ from operators.dedup.exact import content_hashes
 from operators.dedup.options import DedupOptions, ShingleOptions
 from operators.dedup.reference import sign_with_datasketch
 from operators.dedup.signatures import Signatures, shingle_sets, sign
+from operators.dedup.url import normalise_urls
 
 EMPTY = np.uint32(0xFFFFFFFF)  # every value of the signature of a document without shingles
 
@@ -41,10 +42,7 @@ def document_keys(batch: pa.RecordBatch | pa.Table, ordinals: np.ndarray, option
     estimate: np.ndarray | None = None
     signed = 0
     if options.finds_exact:
-        hashes = content_hashes(
-            texts, options.exact_on == "normalised", options.unit, _langs(batch, options), options.digits == "keep"
-        )
-        records["exact"] = np.column_stack([hashes, ordinals])
+        records["exact"] = _exact_keys(batch, texts, ordinals, options)
     if options.finds_near:
         signatures = document_signatures(batch, options)
         signed = int(signatures.signed.sum())
@@ -57,6 +55,19 @@ def document_keys(batch: pa.RecordBatch | pa.Table, ordinals: np.ndarray, option
     if with_ids:
         records["ids"] = np.column_stack([content_hashes(batch.column("id"))[:, 0], ordinals])
     return Keys(records, signed, estimate, scores(batch, options))
+
+
+def _exact_keys(
+    batch: pa.RecordBatch | pa.Table, texts: pa.Array | pa.ChunkedArray, ordinals: np.ndarray, options: DedupOptions
+) -> np.ndarray:
+    """uint64[keys, 3] of (content hash, content hash, ordinal); rows without a URL or value have no key."""
+    if options.exact_on in ("url", "value"):
+        texts = normalise_urls(texts) if options.exact_on == "url" else texts.cast(pa.large_string())
+        there = pc.is_valid(texts)
+        texts, ordinals = texts.filter(there), ordinals[there.to_numpy(zero_copy_only=False)]
+    langs, keep_digits = _langs(batch, options), options.digits == "keep"
+    hashes = content_hashes(texts, options.exact_on == "normalised", options.unit, langs, keep_digits)
+    return np.column_stack([hashes, ordinals])
 
 
 def scores(batch: pa.RecordBatch | pa.Table, options: DedupOptions) -> np.ndarray | None:

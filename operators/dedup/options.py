@@ -45,8 +45,10 @@ class DedupOptions(ShingleOptions):
         "minhash", description="exact, minhash or a list of both; minhash removes exact duplicates first unless `exact: false`"
     )
     exact: bool = Field(True, description="with minhash: remove exact duplicates first")
-    exact_on: Literal["raw", "normalised"] = Field(
-        "raw", description="exact duplicates agree in every byte, or in lower-cased words without punctuation and accents"
+    exact_on: Literal["raw", "normalised", "url", "value"] = Field(
+        "raw",
+        description="exact duplicates agree in every byte of `column`; in normalised words; as addresses (see `dedup.url`); "
+        "or in a value of any type. An address or value that is null matches nothing",
     )
     threshold: float = Field(0.8, gt=0, lt=1, description="Jaccard similarity of shingles from which documents are near-duplicates")
     permutations: int = Field(112, ge=1, le=4096, description="values in a MinHash signature")
@@ -89,6 +91,8 @@ class DedupOptions(ShingleOptions):
             raise ValueError("give `bands` and `rows` together, or neither")
         if self.bands is not None and self.rows is not None and self.bands * self.rows > self.permutations:
             raise ValueError(f"bands x rows = {self.bands * self.rows} exceeds permutations = {self.permutations}")
+        if self.exact_on in ("url", "value") and (self.column == "text" or self.finds_near):
+            raise ValueError(f"`exact_on: {self.exact_on}` needs `method: exact` and the `column` of keys, such as `column: url`")
         if not self.methods:
             raise ValueError("`method` names no method: exact, minhash or both")
         return self

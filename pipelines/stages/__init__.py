@@ -14,6 +14,7 @@ STAGES: dict[str, str] = {
     "select": "pipelines.stages.sampling:SelectStage",
     "mix": "pipelines.stages.sampling:MixStage",
     "line_dedup": "pipelines.stages.cutting:LineDedupStage",
+    "substring_dedup": "pipelines.stages.cutting:SubstringDedupStage",
     "tokenizer": "pipelines.stages.tokens:TokenizerStage",
     "pack": "pipelines.stages.tokens:PackStage",
     "conversations": "pipelines.stages.synthesis:ConversationsStage",
