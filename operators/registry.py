@@ -17,6 +17,7 @@ OPERATORS: dict[str, str] = {
     "c4_quality": "operators.filters.c4:C4Quality",
     "fineweb_quality": "operators.filters.fineweb:FineWebQuality",
     "filter_lengths": "operators.filters.lengths:FilterLengths",
+    "filter_perplexity": "operators.filters.perplexity:FilterPerplexity",
     "filter_expression": "operators.filters.expression:FilterExpression",
     "filter_ratios": "operators.filters.lengths:FilterRatios",
     "bad_words": "operators.filters.badwords:BadWords",
