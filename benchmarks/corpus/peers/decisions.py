@@ -1,10 +1,10 @@
 """What datatrove's filters and its MinHash decide. Runs in datatrove's environment, imports nothing of ours.
 
-`python datatrove_decisions.py filters IN OUT LANGUAGE`: IN is JSONL {id, text}; OUT gets one JSON line a document with the
+`python decisions.py filters IN OUT LANGUAGE`: IN is JSONL {id, text}; OUT gets one JSON line a document with the
 reason of each filter (null = kept, `!Error` = the filter raised) and the text that C4 left.
-`python datatrove_decisions.py minhash IN FOLDER SEED`: the four stages; writes FOLDER/kept.json (ids) and
-FOLDER/signatures.json ([document, band, hex] of every band), prints one JSON line.
-`python datatrove_decisions.py shingles IN OUT`: the shingles of each document as datatrove makes them.
+`python decisions.py minhash IN FOLDER SEED`: the four stages; writes FOLDER/kept.json (ids),
+FOLDER/clusters.json ([document, cluster]) and FOLDER/signatures.json ([document, band, hex] of every band).
+`python decisions.py shingles IN OUT`: the shingles of each document as datatrove makes them.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ def _minhash(path: str, folder: str, seed: int) -> dict[str, Any]:
     stages = (
         [reader(), MinhashDedupSignature(str(base / "signatures"), config=config, language=Languages.english)],
         [MinhashDedupBuckets(str(base / "signatures"), str(base / "buckets"), config=config)],
-        [MinhashDedupCluster(str(base / "buckets"), str(base / "removed"), config=config)],
+        [MinhashDedupCluster(str(base / "buckets"), str(base / "removed"), config=config, save_cluster_id=True)],
         [reader(), MinhashDedupFilter(str(base / "removed")), JsonlWriter(str(base / "kept"))],
     )
     for number, stage in enumerate(stages):
@@ -114,6 +114,8 @@ def _minhash(path: str, folder: str, seed: int) -> dict[str, Any]:
             piece = data[start : start + record.size]
             bands.append([struct.unpack("<I", piece[-4:])[0], band, piece[:-4].hex()])
     (base / "signatures.json").write_text(json.dumps(bands), "utf-8")
+    clusters = (base / "removed" / "000000.clusters").read_bytes()
+    (base / "clusters.json").write_text(json.dumps(list(struct.iter_unpack("<II", clusters))), "utf-8")
     return {"kept": len(kept)}
 
 
