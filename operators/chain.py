@@ -83,6 +83,8 @@ class Chain:
                     recorder.rejects(place, flow.rows[dropped], found)
             entered = flow.count + sum(reasons.values())
             result.funnel[f"{place:02d}:{operator.name}"] = {"in": entered, "kept": flow.count, "rejected": reasons}
+            if verdict.counts:
+                result.funnel[f"{place:02d}:{operator.name}"]["counts"] = verdict.counts
             result.rejected.update({f"{operator.name}:{reason}": count for reason, count in reasons.items()})
             flow.table = verdict.table
             if operator.changes_text:

@@ -32,6 +32,7 @@ class Verdict:
     value: pa.Array | None = None  # float64[rows]
     scores: dict[str, pa.Array] | None = None
     detail: pa.Array | None = None  # string[rows]
+    counts: dict[str, int] | None = None  # things found in the rows, summed over a stage in its funnel
 
     def kept(self) -> pa.Table:
         if self.reason is None or self.reason.null_count == len(self.reason):
