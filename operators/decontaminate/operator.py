@@ -84,21 +84,25 @@ class Decontaminate(Filter):
         return self._measure(table)[0]
 
     def decide(self, table: pa.Table, scores: dict[str, pa.Array]) -> tuple[pa.Array, pa.Array]:
-        overlap = scores["overlap"].to_numpy(zero_copy_only=False)
-        found = pa.array((overlap > 0) & (overlap >= self.config.min_overlap))
+        found = self._contaminated(scores) if self.config.action != "mark" else pa.array(np.zeros(len(scores["overlap"]), bool))
         null = pa.scalar(None, pa.string())
         return pc.if_else(found, scores["benchmark"], null), pc.if_else(found, scores["overlap"], pa.scalar(None, pa.float64()))
+
+    def _contaminated(self, scores: dict[str, pa.Array]) -> pa.Array:
+        overlap = scores["overlap"].to_numpy(zero_copy_only=False)
+        return pa.array((overlap > 0) & (overlap >= self.config.min_overlap))
 
     def process(self, table: pa.Table, analysis: Analysis | None = None) -> Verdict:
         scores, found = self._measure(table)
         reason, value = self.decide(table, scores)
         if self.config.action == "drop":
             return Verdict(table, reason, value, scores, scores["match"])
-        match = pc.if_else(pc.is_valid(reason), scores["match"], pa.scalar(None, pa.string()))
+        contaminated = self._contaminated(scores)
+        match = pc.if_else(contaminated, scores["match"], pa.scalar(None, pa.string()))
         table = set_column(set_column(table, "contamination", scores["overlap"]), "contaminated_by", match)
         if self.config.action == "mark":
             return Verdict(table, scores=scores)
-        text, reason, value = self._cut(table, pc.is_valid(reason), found)
+        text, reason, value = self._cut(table, contaminated, found)
         return Verdict(set_column(table, "text", text), reason, value, scores, match)
 
     def _measure(self, table: pa.Table) -> tuple[dict[str, pa.Array], _Found]:
