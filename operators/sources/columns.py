@@ -220,7 +220,7 @@ def _documents(
     named = pc.fill_null(pc.not_equal(source, ""), False)
     source = pc.if_else(named, source, pa.scalar(read.source or default_source(unit.relative)))
     url = columns.strings(read.url_column)
-    schema = documents_schema(read, table.schema)
+    schema = documents_schema(read, None if unit.format in ("csv", "tsv") else table.schema)  # CSV has text only
     carried = [columns.carried(schema.field(name)) for name, _ in read.carried()]
     bad = []
     for row, (reason, detail) in sorted(columns.problems.items()):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 from collections.abc import Iterator
 from typing import Any
 
@@ -9,6 +10,7 @@ from operators.sources.batches import CONTENT_SCHEMA, TEXT_SCHEMA, BadRow, Batch
 from operators.sources.streams import BrokenStream, read_bounded
 from operators.sources.units import ReadSettings, Unit, default_source
 from operators.tables import stable_id
+from operators.text.encoding import decode
 
 
 def read_html_files(unit: Unit, read: ReadSettings, rows: RowRange, batch_rows: int, batch_bytes: int) -> Iterator[SourceBatch]:
@@ -22,12 +24,24 @@ def read_html_files(unit: Unit, read: ReadSettings, rows: RowRange, batch_rows: 
 
 
 def read_text_files(unit: Unit, read: ReadSettings, rows: RowRange, batch_rows: int, batch_bytes: int) -> Iterator[SourceBatch]:
-    """Plain texts in UTF-8, a document a file."""
+    """Plain texts and Markdown, a document a file, in the encoding given or found (see read.encoding)."""
 
     def parse(relative: str, source: str, data: bytes) -> tuple[Any, ...]:
-        return stable_id(relative), data.decode("utf-8-sig"), source, None
+        return stable_id(relative), _text(data, read), source, None
 
     yield from _read(unit, read, rows, BatchBuilder(TEXT_SCHEMA, batch_rows, batch_bytes), parse)
+
+
+def _text(data: bytes, read: ReadSettings) -> str:
+    """The file's text. Raises UnicodeDecodeError where no encoding fits, or the given one does not."""
+    if read.encoding != "auto":
+        name = codecs.lookup(read.encoding).name
+        return data.decode("gb18030" if name in ("gbk", "gb2312") else name).removeprefix("\ufeff")
+    found = decode(data, html=False)
+    # Bytes with zeros among them that are no UTF-8 are some binary file: every byte has a character in a code page.
+    if found.broken or (b"\0" in data and not found.encoding.startswith("utf")):
+        return data.decode("utf-8")
+    return found.text
 
 
 def _read(unit: Unit, read: ReadSettings, rows: RowRange, builder: BatchBuilder, parse: Any) -> Iterator[SourceBatch]:
@@ -47,7 +61,8 @@ def _read(unit: Unit, read: ReadSettings, rows: RowRange, builder: BatchBuilder,
         except BrokenStream as broken:
             problem = (broken.reason, str(broken))
         except UnicodeDecodeError as error:
-            problem = ("invalid_utf8", f"byte 0x{data[error.start]:02x} at offset {error.start} of the file")
+            reason = "invalid_utf8" if error.encoding == "utf-8" else "invalid_encoding"
+            problem = (reason, f"byte 0x{data[error.start]:02x} at offset {error.start} of the file is no {error.encoding}")
         if problem[0]:
             builder.add_bad(BadRow(row, stable_id(relative), relative, *problem, raw=excerpt(data)))
         if builder.full:

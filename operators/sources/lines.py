@@ -11,6 +11,7 @@ import pyarrow as pa
 
 from cluster import storage
 from operators.sources.batches import EXCERPT_CHARACTERS, TEXT_SCHEMA, BadRow, BatchBuilder, RowRange, SourceBatch, excerpt
+from operators.sources.charset import as_utf8, file_encoding, is_wide
 from operators.sources.streams import BLOCK_BYTES, BrokenStream, read_blocks
 from operators.sources.units import ReadSettings, Unit, default_source, is_compressed
 from operators.tables import stable_id
@@ -29,14 +30,16 @@ class Line:
     too_long: bool = False
 
 
-def iter_lines(unit: Unit, max_line_bytes: int) -> Iterator[Line]:
+def iter_lines(unit: Unit, max_line_bytes: int, wide: str | None = None) -> Iterator[Line]:
     """The lines whose first byte lies in the unit's range, blank ones left out, a leading byte order mark removed.
 
     Lines end in LF or CRLF. Of a longer line than `max_line_bytes` only the beginning is kept, never the whole in memory.
+    `wide` is the encoding of files in UTF-16 or UTF-32; their lines are given in UTF-8, offsets count its bytes.
     Raises BrokenStream for compressed files, after the last whole line.
     """
-    if is_compressed(unit.path):
-        yield from _split(read_blocks(unit.path), 0, None, max_line_bytes)
+    if is_compressed(unit.path) or wide is not None:
+        blocks = read_blocks(unit.path)
+        yield from _split(blocks if wide is None else as_utf8(blocks, wide), 0, None, max_line_bytes)
         return
     with storage.open_input(unit.path) as stream:
         # A range owns the lines that begin in it: look one byte back to see whether its first byte begins one.
@@ -86,7 +89,11 @@ def _line(offset: int, pieces: list[bytes], size: int, max_line_bytes: int) -> L
 
 def read_text_lines(unit: Unit, read: ReadSettings, rows: RowRange, batch_rows: int, batch_bytes: int) -> Iterator[SourceBatch]:
     """Plain text, a document a line."""
-    yield from _read(unit, rows, BatchBuilder(TEXT_SCHEMA, batch_rows, batch_bytes), read.max_text_bytes, _TextParser(unit, read))
+    encoding = file_encoding(unit.path, read)
+    builder = BatchBuilder(TEXT_SCHEMA, batch_rows, batch_bytes)
+    # In no encoding is a text more than twice as long as in UTF-8.
+    longest = read.max_text_bytes if encoding == "utf-8" else 2 * read.max_text_bytes
+    yield from _read(unit, rows, builder, longest, _TextParser(unit, read, encoding), encoding)
 
 
 def read_jsonl(unit: Unit, read: ReadSettings, rows: RowRange, batch_rows: int, batch_bytes: int) -> Iterator[SourceBatch]:
@@ -96,7 +103,9 @@ def read_jsonl(unit: Unit, read: ReadSettings, rows: RowRange, batch_rows: int, 
         schema = schema.append(pa.field(name, kind or pa.string()))
     # A JSON string writes a character in up to 6 bytes where UTF-8 needs 1 to 3.
     longest = 2 * read.max_text_bytes + _LINE_OVERHEAD_BYTES
-    yield from _read(unit, rows, BatchBuilder(schema, batch_rows, batch_bytes), longest, _JsonParser(unit, read))
+    encoding = "utf-8" if read.encoding == "auto" else file_encoding(unit.path, read)
+    builder = BatchBuilder(schema, batch_rows, batch_bytes)
+    yield from _read(unit, rows, builder, longest, _JsonParser(unit, read, encoding), encoding)
 
 
 class _Problem(Exception):
@@ -107,9 +116,9 @@ class _Problem(Exception):
         self.reason, self.id = reason, id_
 
 
-def _read(unit: Unit, rows: RowRange, builder: BatchBuilder, longest: int, parser: Any) -> Iterator[SourceBatch]:
+def _read(unit: Unit, rows: RowRange, builder: BatchBuilder, longest: int, parser: Any, encoding: str) -> Iterator[SourceBatch]:
     row = -1
-    lines = iter_lines(unit, longest)
+    lines = iter_lines(unit, longest, encoding if is_wide(encoding) else None)
     while True:
         row += 1
         if rows.past(row):
@@ -142,27 +151,32 @@ def _read(unit: Unit, rows: RowRange, builder: BatchBuilder, longest: int, parse
         yield builder.take()
 
 
-def _decode(data: bytes, offset: int) -> str:
+def _decode(data: bytes, offset: int, encoding: str) -> str:
+    name = "utf-8" if is_wide(encoding) else encoding  # wide ones have become UTF-8
     try:
-        return data.decode("utf-8")
+        return data.decode(name)
     except UnicodeDecodeError as error:
         raise _Problem(
-            "invalid_utf8",
-            f"byte 0x{data[error.start]:02x} at offset {error.start} of the line ({offset + error.start} of the file)",
+            "invalid_utf8" if name == "utf-8" else "invalid_encoding",
+            f"byte 0x{data[error.start]:02x} at offset {error.start} of the line ({offset + error.start} of the file) is no {name}",
         ) from None
 
 
 class _TextParser:
-    def __init__(self, unit: Unit, read: ReadSettings) -> None:
+    def __init__(self, unit: Unit, read: ReadSettings, encoding: str) -> None:
         self._relative, self._source = unit.relative, read.source or default_source(unit.relative)
+        self._encoding, self._limit = encoding, read.max_text_bytes
 
     def __call__(self, line: Line) -> tuple[Any, ...]:
-        return stable_id(self._relative, line.offset), _decode(line.data, line.offset), self._source, None
+        text = _decode(line.data, line.offset, self._encoding)
+        if self._encoding != "utf-8" and len(text) * 4 > self._limit and len(text.encode()) > self._limit:
+            raise _Problem("too_long", f"the line has {len(text.encode())} bytes in UTF-8, more than {self._limit}")
+        return stable_id(self._relative, line.offset), text, self._source, None
 
 
 class _JsonParser:
-    def __init__(self, unit: Unit, read: ReadSettings) -> None:
-        self._relative, self._read = unit.relative, read
+    def __init__(self, unit: Unit, read: ReadSettings, encoding: str) -> None:
+        self._relative, self._read, self._encoding = unit.relative, read, encoding
         self._source = read.source or default_source(unit.relative)
         self._source_column = None if read.source else read.source_column
         self._carried = [(name, _JSON_TYPES[kind]) for name, kind in read.carried()]
@@ -170,9 +184,10 @@ class _JsonParser:
     def __call__(self, line: Line) -> tuple[Any, ...]:
         read = self._read
         try:
-            value = orjson.loads(line.data)
+            as_it_is = self._encoding == "utf-8" or is_wide(self._encoding)
+            value = orjson.loads(line.data if as_it_is else _decode(line.data, line.offset, self._encoding))
         except orjson.JSONDecodeError as error:
-            _decode(line.data, line.offset)
+            _decode(line.data, line.offset, self._encoding)
             raise _Problem("bad_json", f"{error} of the line") from None
         if not isinstance(value, dict):
             raise _Problem("bad_json", f"a JSON object is wanted, the line holds a {_JSON_NAMES[type(value)]}")

@@ -33,11 +33,11 @@ def read_blocks(path: str) -> Iterator[bytes]:
     with storage.open_input(path) as stream:
         lowered = path.lower()
         if lowered.endswith(".gz"):
-            yield from _members(stream, "gzip", _Zlib)
+            yield from members(stream, "gzip", _Zlib)
         elif lowered.endswith(".bz2"):
-            yield from _members(stream, "bzip2", bz2.BZ2Decompressor)
+            yield from members(stream, "bzip2", bz2.BZ2Decompressor)
         elif lowered.endswith(".xz"):
-            yield from _members(stream, "xz", lambda: lzma.LZMADecompressor(memlimit=_XZ_MEMORY_BYTES))
+            yield from members(stream, "xz", lambda: lzma.LZMADecompressor(memlimit=_XZ_MEMORY_BYTES))
         elif lowered.endswith((".zst", ".lz4")):
             yield from _arrow_blocks(path, "zstd" if lowered.endswith(".zst") else "lz4")
         else:
@@ -91,8 +91,11 @@ def _until_error(decoder: Any, data: bytes) -> bytes:
     return b"".join(decoded)
 
 
-def _members(stream: pa.NativeFile, name: str, make: Any) -> Iterator[bytes]:
-    """Concatenated members of a compressed file; zero padding after the last is allowed, as in gzip(1)."""
+def members(stream: pa.NativeFile, name: str, make: Any, stop: int | None = None) -> Iterator[bytes]:
+    """Concatenated members of a compressed file; zero padding after the last is allowed, as in gzip(1).
+
+    Members that begin at `stop` or later are left out. Raises BrokenStream.
+    """
     offset, pending, decoder = 0, b"", None
     while True:
         if not pending and (decoder is None or decoder.needs_input):
@@ -105,6 +108,8 @@ def _members(stream: pa.NativeFile, name: str, make: Any) -> Iterator[bytes]:
             if not pending.strip(b"\0"):
                 pending = b""
                 continue
+            if stop is not None and stream.tell() - len(pending) >= stop:
+                return
             decoder = make()
         consumed = stream.tell() - len(pending)
         try:

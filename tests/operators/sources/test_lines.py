@@ -118,7 +118,7 @@ def test_a_file_of_unknown_name_asks_for_the_format(tmp_path: Path) -> None:
 def test_texts_as_whole_files(tmp_path: Path) -> None:
     (tmp_path / "books").mkdir()
     (tmp_path / "books" / "一.txt").write_text("第一行\n第二行\n", "utf-8")
-    (tmp_path / "books" / "two.txt").write_bytes(b"\xff\xfe")
+    (tmp_path / "books" / "two.txt").write_bytes(b"\xff\x00\x80")
     read = read_all("books", tmp_path, one_document_per="file")
     assert len(read.units) == 1
     assert read.texts == ["第一行\n第二行\n"]
