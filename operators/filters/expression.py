@@ -18,6 +18,7 @@ null is dropped, or kept with `nulls: keep`.
 from __future__ import annotations
 
 import ast
+import difflib
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -48,6 +49,7 @@ _COMPARE: dict[type[ast.cmpop], str] = {
 _ARITHMETIC: dict[type[ast.operator], str] = {ast.Add: "add", ast.Sub: "subtract", ast.Mult: "multiply", ast.Div: "divide"}
 _STRING_TESTS = {"contains": "match_substring", "starts_with": "starts_with", "ends_with": "ends_with"}
 _FUNCTIONS = ("abs", "log", "min", "max", "length", *_STRING_TESTS)
+_TEXTS = {"text", "content", "html"}
 _NULL_NUMBER = pa.scalar(None, pa.float64())
 
 
@@ -90,12 +92,19 @@ class FilterExpression(Filter):
     def check_columns(self, columns: list[str]) -> None:
         for name in self.reads:
             if name not in columns:
-                position = _position_of(self.config.keep, name)
-                known = sorted({*counts.MEASURES, *columns} - {"text", "content", "html"})
-                raise KeyError(
-                    f"{self.name}: no column {name!r} (character {position} of {self.config.keep!r}){nearest(name, known)}"
-                )
+                raise KeyError(self._unknown(name, columns))
         super().check_columns(columns)
+
+    def check_spelling(self, columns: list[str]) -> None:
+        """Before there is data: raises SettingsError for a name much like one of `columns` or a measure, but neither."""
+        for name in self.reads:
+            if name not in columns and difflib.get_close_matches(name, {*counts.MEASURES, *columns}, 1, 0.75):
+                raise SettingsError(self._unknown(name, columns))
+
+    def _unknown(self, name: str, columns: list[str]) -> str:
+        known = sorted({*counts.MEASURES, *columns} - _TEXTS)
+        position = _position_of(self.config.keep, name)
+        return f"{self.name}: no column {name!r} (character {position} of {self.config.keep!r}){nearest(name, known)}"
 
     def measured_as(self) -> dict[str, Any]:
         return dict.fromkeys([*self._measured, *self.reads], True)
@@ -196,7 +205,7 @@ class _Compiler:
         if isinstance(node, ast.Name):
             name = node.id
             kind: Kind = "number" if name in counts.MEASURES else _KNOWN.get(name, "unknown")
-            if name in ("text", "content", "html"):
+            if name in _TEXTS:
                 raise self._refuse(node, f"{name!r} itself cannot be used, only measures of it,")
             return Node(kind, (name,), lambda columns: columns[name])
         if isinstance(node, ast.BoolOp):

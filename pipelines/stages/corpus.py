@@ -8,7 +8,9 @@ from pydantic import Field
 
 from operators import registry
 from operators.corpus import run_corpus
+from operators.filters.expression import FilterExpression
 from operators.measures import Measure
+from operators.sources.batches import CONTENT_SCHEMA, TEXT_SCHEMA
 from operators.sources.units import ReadSettings, check_files
 from operators.stage import Stage, StageContext
 from operators.supervise import Limits
@@ -38,9 +40,12 @@ class CorpusStage(Stage):
     unit_deadline_s: float = Field(600, gt=0, description="seconds without progress after which a unit's process is ended")
 
     def validate_deep(self) -> None:
+        columns = [*TEXT_SCHEMA.names, *CONTENT_SCHEMA.names, *(name for name, _ in self.read.carried())]
         for entry in self.operators:
-            name, options = registry.split(entry)
-            registry.load(name)(**options)
+            operator = registry.build(entry)
+            if isinstance(operator, FilterExpression):
+                operator.check_spelling(columns)
+            columns += operator.adds
 
     def preflight(self, base_directory: str) -> None:
         check_files(self.read, base_directory)

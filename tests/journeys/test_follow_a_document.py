@@ -124,6 +124,17 @@ def test_a_rejected_document_tells_by_what_and_why(run: Path) -> None:
     assert row["text"]
 
 
+def test_thresholds_are_replayed_from_the_measures_of_the_run(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["decide", str(run)]) == 0
+    told = capsys.readouterr().out
+    assert told.count("the replay makes every decision of the stage again") == 2
+    assert main(["decide", str(run), "--set", "docs.gopher_quality.min_words=200", "--json", "--address", "auto"]) == 0
+    [decision] = json.loads(capsys.readouterr().out)
+    kept = stage(run, "docs")[1].rows
+    assert decision["kept"]["before"] == kept > decision["kept"]["after"]
+    assert {lang for change in decision["changes"] for lang in change["languages"]} >= {"en", "zh"}
+
+
 def test_the_same_command_again_finds_everything_done(run: Path, capfd: pytest.CaptureFixture[str]) -> None:
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*.parquet")}
     with pytest.MonkeyPatch.context() as patch:

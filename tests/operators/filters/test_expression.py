@@ -15,6 +15,7 @@ from operators.chain import Chain
 from operators.config import SettingsError
 from operators.filters.expression import FilterExpression
 from operators.text import counts
+from pipelines.stages.corpus import CorpusStage
 
 NUMBERS, STRINGS, BOOLEANS = ("words", "alpha_ratio", "stars"), ("lang", "source"), ("checked",)
 WORDS = ["zh", "en", "中文", "百科/历史", "a'b", ""]
@@ -224,6 +225,22 @@ def test_a_column_that_is_not_there_is_named_with_its_place_and_the_nearest() ->
         Chain([{"filter_expression": {"keep": "tags == 'x'"}}]).run(table)
     with pytest.raises(SettingsError, match="column 'lang_score' is string where a number is wanted"):
         Chain([{"filter_expression": {"keep": "lang_score > 2"}}]).run(pa.table({"text": ["a"], "lang_score": ["x"]}))
+
+
+def test_a_misspelt_column_is_told_when_the_recipe_is_read() -> None:
+    recipe = {"kind": "corpus", "read": {"path": "x.jsonl", "columns": ["stars:int64"]}}
+    for keep in ("stars > 3 and lang == 'zh' and 质量 > 2", "lang_score > 0.5"):
+        CorpusStage.model_validate(
+            {**recipe, "operators": ["detect_language", {"filter_expression": {"keep": keep}}]}
+        ).validate_deep()
+    for keep, near in (
+        ("lang == '中' and alpha_ratios > 0.5", "alpha_ratio"),
+        ("star > 3", "stars"),
+        ("lang_scor > 3", "lang_score"),
+    ):
+        stage = CorpusStage.model_validate({**recipe, "operators": ["detect_language", {"filter_expression": {"keep": keep}}]})
+        with pytest.raises(SettingsError, match=f"did you mean '{near}'"):
+            stage.validate_deep()
 
 
 def test_only_what_is_asked_for_is_measured() -> None:
