@@ -24,7 +24,7 @@ class Event:
     """One thing that happened to the row in one stage."""
 
     stage: str
-    what: str  # kept, rejected, quarantined, removed, packed, trained, parent
+    what: str  # kept, rejected, quarantined, removed, cut, packed, trained, parent
     detail: str
 
 
@@ -51,6 +51,7 @@ def trace(run_directory: str, row_id: str) -> list[Event]:
             events += _kept(name, directory, manifest, row_id)
         events += _rejected(name, directory, manifest, row_id)
         events += _removed(name, directory, manifest, row_id)
+        events += _cut(name, directory, manifest, row_id)
     return events
 
 
@@ -102,7 +103,7 @@ def _rejected(name: str, directory: str, manifest: shards.Manifest, row_id: str)
 def _removed(name: str, directory: str, manifest: shards.Manifest, row_id: str) -> list[Event]:
     tables = manifest.files.get("removed") or []
     events = []
-    columns = ["id", "reason", "match_id", "kept_id", "similarity", "value"]
+    columns = ["id", "reason", "match_id", "match_from", "kept_id", "kept_from", "similarity", "value"]
     for table in [tables] if isinstance(tables, str) else tables:
         path = storage.join(directory, table)
         for _, values in _matches(path, columns, "id", row_id):
@@ -111,11 +112,29 @@ def _removed(name: str, directory: str, manifest: shards.Manifest, row_id: str) 
                 events.append(Event(name, "removed", f"{values['reason']}{measured}"))
                 continue
             close = "" if values.get("similarity") is None else f", similarity {values['similarity']:.3f}"
-            detail = f"{values['reason']}: matches {values['match_id']}, kept instead: {values['kept_id']}{close}"
+            match, kept = (
+                f"{values[f'{side}_id']} of {values[f'{side}_from']}" if values.get(f"{side}_from") else values[f"{side}_id"]
+                for side in ("match", "kept")
+            )
+            detail = f"{values['reason']}: matches {match}, kept instead: {kept}{close}"
             events.append(Event(name, "removed", detail))
         others = sum(1 for _ in _matches(path, ["kept_id"], "kept_id", row_id))
         if others:
             events.append(Event(name, "represents", f"kept for {others} removed near or exact duplicates"))
+    return events
+
+
+def _cut(name: str, directory: str, manifest: shards.Manifest, row_id: str) -> list[Event]:
+    """What line and substring dedup took out of the row's text, and what they left there of others."""
+    events, others = [], 0
+    for table in manifest.files.get("cut") or []:
+        path = storage.join(directory, table)
+        for _, span in _matches(path, ["id", "start_byte", "end_byte", "kept_id", "text"], "id", row_id):
+            place = f"bytes {span['start_byte']}..{span['end_byte'] - 1}"
+            events.append(Event(name, "cut", f"{place}, first in {span['kept_id']}: {span['text'].strip()[:80]!r}"))
+        others += sum(1 for _ in _matches(path, ["kept_id"], "kept_id", row_id))
+    if others:
+        events.append(Event(name, "represents", f"holds the first occurrence of {others} spans that were cut"))
     return events
 
 

@@ -15,6 +15,7 @@ STAGES: dict[str, str] = {
     "mix": "pipelines.stages.sampling:MixStage",
     "line_dedup": "pipelines.stages.cutting:LineDedupStage",
     "substring_dedup": "pipelines.stages.cutting:SubstringDedupStage",
+    "semantic_dedup": "pipelines.stages.semantic:SemanticDedupStage",
     "tokenizer": "pipelines.stages.tokens:TokenizerStage",
     "pack": "pipelines.stages.tokens:PackStage",
     "conversations": "pipelines.stages.synthesis:ConversationsStage",
