@@ -14,22 +14,7 @@ import mwparserfromhell
 from mwparserfromhell import nodes
 
 _DROPPED_TAGS = frozenset(
-    [
-        "ref",
-        "references",
-        "gallery",
-        "imagemap",
-        "timeline",
-        "mapframe",
-        "maplink",
-        "templatestyles",
-        "score",
-        "graph",
-        "section",
-        "indicator",
-        "categorytree",
-        "inputbox",
-    ]
+    "ref references gallery imagemap timeline mapframe maplink templatestyles score graph section indicator inputbox".split()  # noqa: SIM905
 )
 _VERBATIM_TAGS = frozenset("math chem code syntaxhighlight source pre nowiki poem".split())  # noqa: SIM905
 _MEDIA = frozenset("file image category media 文件 档案 檔案 图像 圖像 图片 圖片 分类 分類 媒体 媒體".split())  # noqa: SIM905
