@@ -17,6 +17,7 @@ from __future__ import annotations
 import functools
 import itertools
 import unicodedata
+from typing import Any
 
 import numba as nb
 import numpy as np
@@ -111,18 +112,59 @@ def decode(data: np.ndarray, position: int) -> tuple[int, int]:
     ), 4
 
 
+@nb.njit(inline="always")
+def _is_ascii_word(byte: np.uint8) -> Any:
+    return (np.uint8((byte | np.uint8(0x20)) - np.uint8(97)) < 26) | (np.uint8(byte - np.uint8(48)) < 10)
+
+
+@nb.njit(cache=True, nogil=True)
+def _likely_unspaced(data: np.ndarray, start: int, end: int) -> int:
+    """1 or -1 where counts of bytes alone decide `is_unspaced`, 0 where they do not.
+
+    Leads E5 to E9 are ideographs, each a character; a word begins at an ASCII letter or digit behind another byte, or at a
+    lead of another kind. Characters of unspaced scripts have leads of three and four bytes, but not E2.
+    """
+    totals = np.zeros(5, np.int64)  # ideographs, leads of possible characters, leads, words for sure, words perhaps
+    if start < end:  # the first byte has none before it
+        first = data[start]
+        totals[0], totals[1] = (first >= 0xE5) & (first <= 0xE9), (first >= 0xE0) & (first != 0xE2)
+        totals[2], totals[4] = first >= 0xC0, _is_ascii_word(first)
+    for position in range(start, end - 1, 255):  # so that counts fit one byte, which is what makes many of them one step
+        last = min(end - 1, position + 255)
+        before, here = data[position:last], data[position + 1 : last + 1]
+        a = b = c = d = e = np.uint8(0)
+        for i in range(len(here)):
+            byte = here[i]
+            word = _is_ascii_word(byte) & (not _is_ascii_word(before[i]))
+            a = np.uint8(a + np.uint8((byte >= 0xE5) & (byte <= 0xE9)))
+            b = np.uint8(b + np.uint8((byte >= 0xE0) & (byte != 0xE2)))
+            c = np.uint8(c + np.uint8(byte >= 0xC0))
+            d = np.uint8(d + np.uint8(word & (before[i] < 0x80)))
+            e = np.uint8(e + np.uint8(word))
+        totals[0] += a
+        totals[1] += b
+        totals[2] += c
+        totals[3] += d
+        totals[4] += e
+    if totals[3] >= totals[1]:
+        return -1
+    return 1 if totals[0] > totals[4] + totals[2] - totals[0] else 0
+
+
 @nb.njit(cache=True, nogil=True)
 def is_unspaced(data: np.ndarray, start: int, end: int, table: np.ndarray) -> bool:
     """True when the text has more characters of unspaced scripts than other tokens."""
-    possible = 0
-    for position in range(start, end):  # leads of three and four bytes, but for U+2xxx, which is punctuation and symbols
-        byte = data[position]
-        possible += (byte >= 0xE0) & (byte != 0xE2)
-    if possible == 0:
-        return False
+    likely = _likely_unspaced(data, start, end)
+    if likely != 0:
+        return likely > 0
     characters, words, inside = 0, 0, False
     position = start
     while position < end:
+        # what is left can bring a word for two bytes, or a character for three
+        if 2 * (characters - words) > end - position + 1:
+            return True
+        if 3 * (words - characters) >= end - position:
+            return False
         point, width = decode(data, position)
         position += width
         entry = table[point]
@@ -143,11 +185,11 @@ def _needs_nfc(data: np.ndarray, offsets: np.ndarray, table: np.ndarray) -> np.n
     found = np.zeros(len(offsets) - 1, np.bool_)
     for row in range(len(found)):
         position, end = offsets[row], offsets[row + 1]
-        possible = 0
+        seen = np.uint8(0)
         for at in range(position, end):  # such pieces start at U+0800
             byte = data[at]
-            possible += (byte == 0xE0) | (byte == 0xE1) | (byte == 0xEA) | (byte >= 0xF0)
-        if possible == 0:
+            seen |= np.uint8((byte == 0xE0) | (byte == 0xE1) | (byte == 0xEA) | (byte >= 0xF0))
+        if seen == 0:
             continue
         while position < end:
             point, width = decode(data, position)

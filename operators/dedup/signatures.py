@@ -5,8 +5,8 @@ document with fewer than `n` tokens has no shingle, hence no signature, and is n
 the peers; exact dedup still sees it).
 
 The permutations are those of datasketch 2 (`scheme="affine32"`): h -> a * fmix32(h) + b mod 2^32, a odd, drawn from
-`RandomState(seed)`. Two shingle hashes are offered: `fast`, a 64-bit polynomial over hashed tokens, folded to 32 bits;
-and `datasketch`, SHA-1 of the shingle's UTF-8 (words joined by a space), with which a signature is bit-equal to
+`RandomState(seed)`. Two shingle hashes are offered: `fast`, a 64-bit polynomial over hashed tokens (see `tokens`), folded to
+32 bits; and `datasketch`, SHA-1 of the shingle's UTF-8 (words joined by a space), with which a signature is bit-equal to
 `datasketch.MinHash(k, seed)` updated with those shingles. A `fast` signature, too, is a valid `datasketch.MinHash`: the
 one whose `hashfunc` is `reference.shingle_hash32`.
 
@@ -26,27 +26,20 @@ import pyarrow.compute as pc
 from operators.dedup.normalise import (
     AUTO,
     CHARACTERS,
-    CODE,
-    DIGIT,
-    DROPPED,
-    NEEDS_NFC,
-    SEPARATOR,
-    UNSPACED,
     WORDS,
     code_table,
     compose,
-    decode,
     is_unspaced,
     normalise_row,
 )
 from operators.dedup.sha1 import sha1_prefix32
+from operators.dedup.tokens import SCRATCH_BYTES, STATE, WINDOW_BYTES, WINDOW_TOKENS, ascii_bytes, hash_tokens
 
 _BLOCK = 512  # shingle hashes gathered before the permutations run over them: 2 KiB, beside 16 KiB of a 32 KiB cache
-_TOKEN_SEED = np.uint64(0x9E3779B97F4A7C15)
-_TOKEN_STEP = np.uint64(0x2127599BF4325C37)
-_TOKEN_MIX = np.uint64(0xFF51AFD7ED558CCD)
+_SHINGLE_MIX = np.uint64(0xFF51AFD7ED558CCD)
 _ROLL = np.uint64(0xD6E8FEB86659FD93)
 _SHIFT32 = np.uint64(32)
+_LOW32 = np.uint64(0xFFFFFFFF)
 _EMPTY = np.uint32(0xFFFFFFFF)
 
 UNSPACED_LANGUAGES = ("zh", "ja", "lzh", "yue", "wuu", "cmn", "th", "lo", "my", "km", "bo")
@@ -103,7 +96,8 @@ def sign(
     signed = np.zeros(rows, np.bool_)
     a, b = permutations(count, seed)
     kernel = _sign_fast if hashing == "fast" else _sign_sha1
-    kernel(data, offsets, table, units_of(langs, rows, unit), words, characters, keep_digits, a, b, values, signed)
+    plain = ascii_bytes(table, keep_digits)
+    kernel(data, offsets, table, plain, units_of(langs, rows, unit), words, characters, keep_digits, a, b, values, signed)
     return Signatures(values, signed)
 
 
@@ -118,14 +112,8 @@ def _fmix32(h: np.uint32) -> np.uint32:
 
 
 @nb.njit(inline="always")
-def _finish_token(h: np.uint64) -> np.uint64:
-    h = (h ^ (h >> _SHIFT32)) * _TOKEN_MIX
-    return h ^ (h >> np.uint64(29))
-
-
-@nb.njit(inline="always")
 def _finish_shingle(h: np.uint64) -> np.uint64:
-    h = (h ^ (h >> _SHIFT32)) * _TOKEN_MIX
+    h = (h ^ (h >> _SHIFT32)) * _SHINGLE_MIX
     return h ^ (h >> _SHIFT32)
 
 
@@ -156,108 +144,46 @@ def _permute(block: np.ndarray, filled: int, a: np.ndarray, b: np.ndarray, minim
 
 
 @nb.njit(cache=True, nogil=True)
-def _hash_tokens(
-    data: np.ndarray, position: int, end: int, table: np.ndarray, by_character: bool, keep_digits: bool,
-    state: np.ndarray, out: np.ndarray, first: int,
-) -> tuple[int, int]:  # fmt: skip
-    """Hash tokens into out[first:] until it is full or the text ends; (next position, tokens in out).
-
-    `state` uint64[3] carries a token that is cut by the end of `out`: its hash so far, inside a token, after a digit.
-    """
-    filled, full = first, len(out)
-    h, inside, after_digit = state[0], state[1] != 0, state[2] != 0
-    while position < end and filled < full:
-        byte = data[position]
-        if byte < 0x80:
-            entry = table[byte]
-            position += 1
-        else:
-            point, width = decode(data, position)
-            entry = table[point]
-            position += width
-        if entry > SEPARATOR and entry < NEEDS_NFC:  # a plain letter, by far the most frequent
-            after_digit = False
-            if not by_character:
-                h = ((h if inside else _TOKEN_SEED) ^ np.uint64(entry)) * _TOKEN_STEP
-                inside = True
-                while position < end:  # the rest of a word, as far as it is ASCII letters
-                    byte = data[position]
-                    entry = table[byte & 0x7F]
-                    if byte >= 0x80 or entry <= SEPARATOR or entry >= NEEDS_NFC:
-                        break
-                    h = (h ^ np.uint64(entry)) * _TOKEN_STEP
-                    position += 1
-                continue
-            code, alone = entry, True
-        elif entry == SEPARATOR:
-            if inside:
-                out[filled] = _finish_token(h)
-                filled += 1
-            inside = after_digit = False
-            continue
-        elif entry == DROPPED:
-            continue
-        else:
-            code, alone = entry & CODE, by_character or (entry & UNSPACED) != 0
-            if (entry & DIGIT) != 0 and not keep_digits:
-                if after_digit:
-                    continue
-                code, after_digit = np.uint32(48), True
-            else:
-                after_digit = False
-        if alone:
-            if inside:
-                out[filled] = _finish_token(h)
-                filled += 1
-                inside = False
-                if filled == full:  # no room for this character: take it again with an empty buffer
-                    position -= 1
-                    while data[position] & 0xC0 == 0x80:
-                        position -= 1
-                    after_digit = False
-                    break
-            out[filled] = _finish_token((_TOKEN_SEED ^ np.uint64(code)) * _TOKEN_STEP)
-            filled += 1
-        else:
-            h = ((h if inside else _TOKEN_SEED) ^ np.uint64(code)) * _TOKEN_STEP
-            inside = True
-    if position == end and inside and filled < full:
-        out[filled] = _finish_token(h)
-        filled += 1
-        inside = False
-    state[0], state[1], state[2] = h, np.uint64(inside), np.uint64(after_digit)
-    return position, filled
-
-
-@nb.njit(inline="always")
-def _combine(tokens: np.ndarray, first: int, n: int) -> np.uint64:
-    """The 64-bit hash of the shingle of `n` tokens that starts at tokens[first]: a polynomial, then an avalanche."""
-    h = tokens[first]
-    for i in range(1, n):
-        h = h * _ROLL + tokens[first + i]
-    return _finish_shingle(h)
+def _combine(tokens: np.ndarray, count: int, n: int, out: np.ndarray) -> None:
+    """out[i] = the 64-bit hash of the shingle of `n` tokens that starts at tokens[i]: a polynomial, then an avalanche."""
+    if n == 5:  # in registers
+        for i in range(count):
+            h = (tokens[i] * _ROLL + tokens[i + 1]) * _ROLL + tokens[i + 2]
+            out[i] = _finish_shingle((h * _ROLL + tokens[i + 3]) * _ROLL + tokens[i + 4])
+        return
+    for i in range(count):
+        out[i] = tokens[i]
+    for j in range(1, n):
+        for i in range(count):
+            out[i] = out[i] * _ROLL + tokens[i + j]
+    for i in range(count):
+        out[i] = _finish_shingle(out[i])
 
 
 @nb.njit(cache=True, nogil=True)
 def _sign_fast(
-    data: np.ndarray, offsets: np.ndarray, table: np.ndarray, units: np.ndarray, words: int, characters: int,
+    data: np.ndarray, offsets: np.ndarray, table: np.ndarray, plain: np.ndarray, units: np.ndarray, words: int, characters: int,
     keep_digits: bool, a: np.ndarray, b: np.ndarray, values: np.ndarray, signed: np.ndarray,
 ) -> None:  # fmt: skip
-    block, state = np.empty(_BLOCK + 8, np.uint32), np.zeros(3, np.uint64)
-    tokens = np.empty(_BLOCK + max(words, characters) - 1, np.uint64)
+    room = WINDOW_TOKENS + max(words, characters)
+    tokens, hashes, block = np.empty(room, np.uint64), np.empty(room, np.uint64), np.empty(room + 8, np.uint32)
+    state, scratch, classes = np.zeros(STATE, np.uint64), np.empty(SCRATCH_BYTES, np.uint8), np.empty(WINDOW_BYTES + 8, np.uint8)
     for row in range(len(offsets) - 1):
         position, end = offsets[row], offsets[row + 1]
         by_character = units[row] == CHARACTERS or (units[row] == AUTO and is_unspaced(data, position, end, table))
         n = characters if by_character else words
         carried, state[:] = 0, 0
-        while position < end or state[1] != 0:
-            position, filled = _hash_tokens(data, position, end, table, by_character, keep_digits, state, tokens, carried)
+        while position < end:
+            position, filled = hash_tokens(
+                data, position, end, plain, table, by_character, keep_digits, state, scratch, classes, tokens, carried
+            )
             count = filled - n + 1
             if count <= 0:
                 carried = filled
                 continue
+            _combine(tokens, count, n, hashes)
             for i in range(count):
-                block[i] = _fmix32(np.uint32(_combine(tokens, i, n)))
+                block[i] = _fmix32(np.uint32(hashes[i] & _LOW32))
             _permute(block, count, a, b, values[row])
             signed[row] = True
             carried = n - 1
@@ -267,24 +193,25 @@ def _sign_fast(
 
 @nb.njit(cache=True, nogil=True)
 def _collect(
-    data: np.ndarray, offsets: np.ndarray, table: np.ndarray, units: np.ndarray, words: int, characters: int,
+    data: np.ndarray, offsets: np.ndarray, table: np.ndarray, plain: np.ndarray, units: np.ndarray, words: int, characters: int,
     keep_digits: bool, counts: np.ndarray, out: np.ndarray,
 ) -> None:  # fmt: skip
     """The shingle hashes of every row, one after another, in `out`; with an empty `out` only `counts` (int64[rows])."""
-    state = np.zeros(3, np.uint64)
-    tokens = np.empty(_BLOCK + max(words, characters) - 1, np.uint64)
+    tokens = np.empty(WINDOW_TOKENS + max(words, characters), np.uint64)
+    state, scratch, classes = np.zeros(STATE, np.uint64), np.empty(SCRATCH_BYTES, np.uint8), np.empty(WINDOW_BYTES + 8, np.uint8)
     written = 0
     for row in range(len(offsets) - 1):
         position, end = offsets[row], offsets[row + 1]
         by_character = units[row] == CHARACTERS or (units[row] == AUTO and is_unspaced(data, position, end, table))
         n = characters if by_character else words
         carried, total, state[:] = 0, 0, 0
-        while position < end or state[1] != 0:
-            position, filled = _hash_tokens(data, position, end, table, by_character, keep_digits, state, tokens, carried)
+        while position < end:
+            position, filled = hash_tokens(
+                data, position, end, plain, table, by_character, keep_digits, state, scratch, classes, tokens, carried
+            )
             count = max(filled - n + 1, 0)
             if len(out):
-                for i in range(count):
-                    out[written + total + i] = _combine(tokens, i, n)
+                _combine(tokens, count, n, out[written + total :])
             total += count
             carried = min(filled, n - 1)
             for i in range(carried):
@@ -307,10 +234,11 @@ def shingle_sets(
     data, offsets = compose(texts, table)
     rows = len(offsets) - 1
     counts, units = np.zeros(rows, np.int64), units_of(langs, rows, unit)
-    _collect(data, offsets, table, units, words, characters, keep_digits, counts, np.empty(0, np.uint64))
+    plain = ascii_bytes(table, keep_digits)
+    _collect(data, offsets, table, plain, units, words, characters, keep_digits, counts, np.empty(0, np.uint64))
     hashes = np.empty(int(counts.sum()), np.uint64)
     if len(hashes):
-        _collect(data, offsets, table, units, words, characters, keep_digits, counts, hashes)
+        _collect(data, offsets, table, plain, units, words, characters, keep_digits, counts, hashes)
     return _unique_rows(hashes, counts)
 
 
@@ -331,7 +259,7 @@ def _unique_rows(hashes: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np
 
 @nb.njit(cache=True, nogil=True)
 def _sign_sha1(
-    data: np.ndarray, offsets: np.ndarray, table: np.ndarray, units: np.ndarray, words: int, characters: int,
+    data: np.ndarray, offsets: np.ndarray, table: np.ndarray, _plain: np.ndarray, units: np.ndarray, words: int, characters: int,
     keep_digits: bool, a: np.ndarray, b: np.ndarray, values: np.ndarray, signed: np.ndarray,
 ) -> None:  # fmt: skip
     """As `_sign_fast` with SHA-1 of the shingle's bytes; holds one normalised text at a time."""

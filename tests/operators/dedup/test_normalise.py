@@ -5,8 +5,10 @@ from __future__ import annotations
 import unicodedata
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from operators.dedup.normalise import CHARACTERS, WORDS, normalised_tokens
+from operators.dedup.normalise import CHARACTERS, UNSPACED, WORDS, code_table, normalised_tokens
 from operators.dedup.reference import resolve_unit
 
 
@@ -55,3 +57,15 @@ def test_the_unit_follows_the_script_that_has_more_tokens() -> None:
     assert resolve_unit("한국어는 띄어쓰기를 한다") == WORDS
     assert resolve_unit("“Quotes” — and dashes…") == WORDS
     assert resolve_unit("") == WORDS
+
+
+_MIXED = st.text(st.sampled_from("ab1 .,é—中文字の日ก한δ😀\u0301\u200d\u4dc0€"), max_size=80)
+
+
+@settings(max_examples=300, deadline=None)
+@given(_MIXED | st.text(max_size=40), st.integers(1, 8))
+def test_the_unit_is_that_of_a_count_of_every_token(text: str, times: int) -> None:
+    text = unicodedata.normalize("NFC", text) * times
+    tokens = normalised_tokens(text, WORDS, keep_digits=True)
+    alone = sum(bool(code_table()[ord(character)] & UNSPACED) for character in text)
+    assert resolve_unit(text) == (CHARACTERS if alone > len(tokens) - alone else WORDS)
