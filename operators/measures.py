@@ -79,7 +79,7 @@ class Recorder:
         named: Any = pa.chunked_array([pa.array(reasons, pa.string()) for _, reasons in self._reasons], pa.string())
         lang = kept["lang"].cast(pa.string()) if "lang" in kept.column_names else pa.nulls(kept.num_rows, pa.string())
         langs = self._spread(lang, rows)
-        for name, values in self._columns.items():  # a rejected row's language is the last that a filter found or was shown
+        for name, values in reversed(self._columns.items()):  # of a rejected row the last that a filter found or was shown
             if name.endswith((".lang", "@lang")):
                 langs = pc.coalesce(langs, values.cast(pa.string()))
         return pa.table(

@@ -235,11 +235,11 @@ def _apply(stage: str, entries: list[Any], operator: str, option: str, value: An
     model = registry.load(written[place]).settings
     path = _option_path(model, option.split("."), f"stages.{stage}.{operator}")
     target = options
-    for piece in path[:-1]:
-        inner = target.setdefault(piece, {})
-        if not isinstance(inner, dict):
-            raise SettingsError(f"stages.{stage}.{operator}.{option}: {piece} is {inner!r} in the recipe, not a mapping")
-        target = inner
+    for depth, piece in enumerate(path[:-1]):
+        inner = target.get(piece, model.model_fields[piece].default if depth == 0 else {})
+        # one value for all languages becomes that of the others
+        target[piece] = dict(inner) if isinstance(inner, dict) else {} if inner is None else {"*": inner}
+        target = target[piece]
     old = target.get(path[-1])
     target[path[-1]] = value
     entries[place] = {written[place]: options}

@@ -200,6 +200,9 @@ class RedactPii(Operator):
         if self.config.action == "drop":
             self.changes_text = False  # type: ignore[misc]
 
+    def may_reject(self) -> bool:
+        return self.config.action == "drop" or self.config.max_count is not None
+
     def process(self, table: pa.Table, analysis: Analysis | None = None) -> Verdict:
         kinds = [kind for kind in KINDS if kind in self.config.kinds]
         data, offsets = text_buffers(table["text"])

@@ -137,6 +137,57 @@ def test_a_replay_says_what_a_run_with_the_other_settings_does(
     assert undecided["all"] <= undecided["seen"]
 
 
+OWN: list[Any] = [
+    {"detect_language": {"keep": ["en", "zh"]}},
+    {"filter_lengths": {"min_characters": 100}},
+    {"filter_ratios": {"max_digit_ratio": 0.2}},
+    {"filter_expression": {"keep": "words >= 60 and (alpha_ratio > 0.7 or lang == 'zh')"}},
+]
+
+
+@pytest.mark.parametrize(
+    ("settings", "operators"),
+    [
+        (["filter_lengths.min_characters=400"], changed(OWN, "filter_lengths", {"min_characters": 400})),
+        (
+            ["filter_lengths.zh.max_tokens=300", "filter_ratios.max_symbol_ratio=0.01"],
+            changed(
+                changed(OWN, "filter_lengths", {"min_characters": 100, "thresholds": {"zh": {"max_tokens": 300}}}),
+                "filter_ratios",
+                {"max_digit_ratio": 0.2, "max_symbol_ratio": 0.01},
+            ),
+        ),
+        (
+            ["filter_expression.keep=longest_word < 40 and (lang == 'zh' and words > 20 or upper_ratio < 0.05)"],
+            changed(
+                OWN, "filter_expression", {"keep": "longest_word < 40 and (lang == 'zh' and words > 20 or upper_ratio < 0.05)"}
+            ),
+        ),
+        (
+            ["detect_language.threshold.zh=0.99"],
+            changed(OWN, "detect_language", {"keep": ["en", "zh"], "threshold": {"*": 0.5, "zh": 0.99}}),
+        ),
+    ],
+)
+def test_with_all_measures_every_row_of_a_run_of_filters_is_decided(
+    run_of: Callable[..., Path], settings: list[str], operators: list[Any]
+) -> None:
+    truth = fates(run_of(operators, "none"))
+    [decision] = decide(str(run_of(OWN, "all")), settings, examples=100_000)
+    told = fates(run_of(OWN, "all"))
+    told.update({row.id: str(new) for (_, new), rows in decision.examples.items() for row in rows})
+    assert told == truth
+    assert decision.examples
+
+
+def test_an_expression_over_what_was_not_measured_needs_a_run(run_of: Callable[..., Path]) -> None:
+    operators = [{"filter_expression": {"keep": "characters > 10"}}]
+    with pytest.raises(SettingsError, match="words = True was not measured"):
+        decide(str(run_of(operators)), ["filter_expression.keep=words > 3"])
+    [decision] = decide(str(run_of(operators)), ["filter_expression.keep=characters > 500 and han_ratio < 0.3"])
+    assert decision.changes()
+
+
 def test_counts_do_not_depend_on_batches_and_rows_are_found_across_units(run_of: Callable[..., Path]) -> None:
     small, large = (decide(str(run_of(OPERATORS, "seen", rows)), ["gopher_quality.min_words=200"])[0] for rows in (64, 200))
     assert small.outcome.fates == large.outcome.fates
