@@ -74,4 +74,5 @@ def _type(annotation: Any) -> str:
     if isinstance(annotation, type) and not typing.get_args(annotation):
         return annotation.__name__
     named = re.sub(r"<class '([^']+)'>", r"\1", str(annotation))
-    return re.sub(r"\b(?:[a-z_]+\.)+(?=[A-Za-z])", "", named).replace("NoneType", "None")
+    # module names go, but not inside quoted values such as 'jsonl.zst'
+    return re.sub(r"(?<!['\w.])(?:[a-z_]+\.)+(?=[A-Za-z])", "", named).replace("NoneType", "None")

@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 
 from operators.config import SettingsError
+from pipelines.cli import main
 from pipelines.graph import order, plan
 from pipelines.recipe import load_recipe, parse_recipe
+from tests.conftest import ROOT
 
 TOY = "tests.pipelines.toy:NumberStage"
 
@@ -93,3 +95,12 @@ def test_an_input_pattern_that_matches_nothing_names_stage_and_pattern(tmp_path:
     text = "name: x\nstages: {web: {kind: corpus, read: {format: jsonl, path: 'no/*.jsonl'}}}"
     with pytest.raises(FileNotFoundError, match=r"stages.web: .*no/\*.jsonl"):
         plan(parse_recipe(text), "r", str(tmp_path), None)
+
+
+@pytest.mark.parametrize("name", ["quickstart", "corpus"])
+def test_the_example_recipes_are_sound(
+    name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(ROOT)
+    assert main(["check", f"examples/{name}.yaml", "--runs", str(tmp_path)]) == 0
+    assert "no errors, 0 warnings" in capsys.readouterr().out
