@@ -96,7 +96,7 @@ class _Runs:
 
 def main() -> None:
     options = arguments(__doc__ or "")
-    sizes = [4, 50] if options.quick else [50, 500, 2000]
+    sizes = [4, 50] if options.quick else [50, 2000]
     once = [] if options.quick else ["datatrove", "data_juicer_ray"]  # minutes a run: not part of the rounds
     figures: dict[str, Any] = {"unavailable": {}}
     with tempfile.TemporaryDirectory() as folder:

@@ -39,7 +39,7 @@ def write_kept(part: Any, path: str) -> int:
 
     writer, rows = None, 0
     for _, batch in shards.read(part, ["id", "text"], 2048):
-        writer = writer or pq.ParquetWriter(path, batch.schema, compression="zstd")
+        writer = writer or pq.ParquetWriter(path, batch.schema, compression="zstd", use_dictionary=False)
         writer.write_batch(batch)
         rows += batch.num_rows
     if writer is not None:

@@ -145,13 +145,13 @@ def test_an_unknown_hash_is_refused() -> None:
         sign(pa.array([1, 2]))
 
 
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("keep_digits", [False, True])
 def test_a_text_of_many_windows_with_words_of_any_length_signs_as_the_reference(seed: int, keep_digits: bool) -> None:
     generator = np.random.default_rng(seed)
     pieces = ["a", "Word", "é", "中", "ก์", "😀", " ", ", ", "\n", "7", "2024", "x" * 16, "y" * 15 + "1", "z" * 4096, "9" * 300, "٣"]
     pieces += ["q" * int(generator.integers(1, 9000)) + " "]
-    text = "".join(pieces[i] for i in generator.integers(0, len(pieces), 60))
+    text = "".join(pieces[i] for i in generator.integers(0, len(pieces), 25))
     for unit in (WORDS, CHARACTERS):
         ours, reference = (
             make(pa.array([text, text[7:]]), 16, unit=unit, keep_digits=keep_digits) for make in (sign, sign_with_datasketch)
