@@ -108,6 +108,12 @@ class Replay:
         assert isinstance(old, Filter) and isinstance(new, Filter)
         if not self._columns[place]:
             raise SettingsError(f"{name}: no measures were kept of it")
+        made = [column for column in old.adds if f"{place:02d}.{column}" not in self._columns[place]]
+        for later in self._old[place + 1 :]:
+            if isinstance(later, Filter) and (shared := sorted(set(made) & set(later.reads))):
+                raise SettingsError(
+                    f"{name} makes column {shared[0]!r} from its decisions, and {later.name} reads it: that needs a run"
+                )
         measured = old.measured_as()
         for key, wanted in new.measured_as().items():
             if key not in measured or measured[key] != wanted:
@@ -170,7 +176,12 @@ class Replay:
         for name in self._columns[place]:
             mark = name[len(name) - len(name.lstrip("0123456789"))]
             (scores if mark == "." else columns)[name.split(mark, 1)[1]] = seen.column(name)
-        reason, value = operator.decide(pa.table(columns), scores)
+        try:
+            reason, value = operator.decide(pa.table(columns), scores)
+        except KeyError as error:
+            raise SettingsError(
+                f"{self._names[place]}: its decision uses {error}, which is neither a score nor in `reads`"
+            ) from error
         code, found = _encoded(reason)
         for item in found:
             if item not in reasons:

@@ -162,6 +162,8 @@ def _wanted(
 ) -> dict[str, list[tuple[str, str, Any]]]:
     """Stage -> [(operator, option path, value)]."""
     corpus = [name for name, manifest in manifests.items() if manifest.kind == "corpus"]
+    if not corpus:
+        raise SettingsError("the run has no finished corpus stage; only their filters can be replayed")
     if only is not None:
         _check_stage(only, corpus, record)
     if not settings:

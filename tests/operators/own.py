@@ -56,3 +56,17 @@ class LosesRows(Operator):
 
     def process(self, table: pa.Table, analysis: Analysis | None = None) -> Verdict:
         return Verdict(table.slice(1))
+
+
+class DropBySource(Filter):
+    """Looks at a column in its decision without saying so in `reads`."""
+
+    name: ClassVar[str] = "drop_by_source"
+    settings = NoSettings
+
+    def measure(self, table: pa.Table, analysis: Analysis | None = None) -> dict[str, pa.Array]:
+        return {"characters": pc.utf8_length(table["text"]).combine_chunks()}
+
+    def decide(self, table: pa.Table, scores: dict[str, pa.Array]) -> tuple[pa.Array, pa.Array]:
+        bad = pc.equal(table["source"], "bad").combine_chunks()
+        return pc.if_else(bad, "source", pa.scalar(None, pa.string())), pa.nulls(len(bad), pa.float64())

@@ -229,6 +229,23 @@ def test_what_cannot_be_replayed_is_refused_by_name(run_of: Callable[..., Path],
         decide(str(run_of(OPERATORS)), settings)
 
 
+def test_a_decision_that_uses_more_than_it_says_is_refused(run_of: Callable[..., Path], tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match=r"00:drop_by_source: .*source.* neither a score nor in `reads`"):
+        decide(str(run_of(["tests.operators.own:DropBySource"])), [])
+    items = tmp_path / "items.jsonl"
+    items.write_text(json.dumps({"q": "How do I insert a table into a document of mine, please?"}), encoding="utf-8")
+    mark = {"decontaminate": {"benchmarks": [{"path": str(items), "fields": ["q"]}], "action": "mark"}}
+    run = run_of([mark, {"filter_expression": {"keep": "contaminated_by is None"}}])
+    with pytest.raises(SettingsError, match="makes column 'contaminated_by' from its decisions, and filter_expression reads it"):
+        decide(str(run), ["decontaminate.min_overlap=0.5"])
+
+
+@pytest.mark.slow
+def test_several_processes_tell_the_same(run_of: Callable[..., Path]) -> None:
+    one, two = (decide(str(run_of(OPERATORS)), ["gopher_quality.min_words=90"], workers=workers)[0] for workers in (1, 2))
+    assert one.to_json() == two.to_json()
+
+
 def test_a_stage_without_measures_and_a_folder_without_a_run_are_told(run_of: Callable[..., Path], tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match="kept no measures"):
         decide(str(run_of(OPERATORS, "none")), ["gopher_quality.min_words=3"])
