@@ -10,6 +10,7 @@ from operators.operator import Operator
 OPERATORS: dict[str, str] = {
     "extract_html": "operators.text.html:ExtractHtml",
     "fix_text": "operators.text.repair:FixText",
+    "normalise_chinese": "operators.text.chinese:NormaliseChinese",
     "strip_boilerplate": "operators.text.boilerplate:StripBoilerplate",
     "detect_language": "operators.text.language:DetectLanguage",
     "chinese_script": "operators.text.chinese_script:ChineseScript",
