@@ -19,7 +19,10 @@ from operators.operator import Filter
 from operators.text import characters
 from operators.text.analysis import Analysis
 from operators.text.characters import SPACE
-from operators.text.words import class_of, mix
+from operators.text.ngrams import measure_grams, room, seen
+from operators.text.words import class_of, hash_bytes, mix
+
+_NEXT_LINE = np.uint64(0xA0761D6478BD642F)
 
 _TOP = (2, 3, 4)
 _DUPLICATE = (5, 6, 7, 8, 9, 10)
@@ -83,9 +86,15 @@ class GopherRepetition(Filter):
         found = analysis_of(table, analysis)
         out = np.zeros((len(_MEASURES), len(found)), np.float64)
         sizes, words, lines = found.characters, found.words, found.lines
-        _duplicate_pieces(found.data, found.starts, found.ends, sizes, characters.table(), out)
+        _duplicate_paragraphs(
+            found.data, found.starts, found.ends, lines.first, lines.last, lines.start, lines.length, lines.characters,
+            lines.hash, sizes, characters.table(), out,
+        )  # fmt: skip
         _duplicate_lines(lines.first, lines.last, lines.characters, lines.hash, sizes, out)
-        _repeated_grams(words.first, words.last, words.length, words.characters, words.hash, sizes, out)
+        measure_grams(
+            found.data, words.first, words.last, words.start, words.length, words.characters, words.hash, sizes,
+            out[len(_FRACTIONS) :],
+        )  # fmt: skip
         scores = {name: pa.array(out[row]) for row, name in enumerate(_MEASURES)}
         scores["empty"] = pa.array((sizes == 0).astype(np.float64))
         scores["language_guess"] = found.language_guess
@@ -99,57 +108,41 @@ class GopherRepetition(Filter):
 
 
 @numba.njit(cache=True, nogil=True)
-def room(count):  # type: ignore[no-untyped-def]
-    """Slots of an open-addressing table that is at most half full."""
-    slots = 16
-    while slots < 2 * count:
-        slots *= 2
-    return slots
-
-
-@numba.njit(cache=True, nogil=True)
-def seen(keys, stamps, stamp, mask, key):  # type: ignore[no-untyped-def]
-    """Whether `key` is in the set of this `stamp`; puts it there otherwise."""
-    slot = np.int64(mix(key) & np.uint64(mask))
-    while stamps[slot] == stamp:
-        if keys[slot] == key:
-            return True
-        slot = (slot + 1) & mask
-    stamps[slot] = stamp
-    keys[slot] = key
-    return False
-
-
-@numba.njit(cache=True, nogil=True)
-def _duplicate_pieces(data, starts, ends, sizes, table, out):  # type: ignore[no-untyped-def]
-    """Paragraphs: the stripped text split at two line feeds or more."""
-    most = 0
+def _duplicate_paragraphs(  # type: ignore[no-untyped-def]
+    data, starts, ends, first, last, line_start, line_length, line_size, hashes, sizes, table, out
+):
+    """Paragraphs: the stripped text split at two line feeds or more, so sequences of lines that are not empty."""
+    most = 1
     for row in range(len(starts)):
-        feeds = 0
-        for i in range(starts[row], ends[row]):
-            feeds += data[i] == 10
-        most = max(most, feeds // 2 + 1)
+        most = max(most, last[row] - first[row])
     keys, stamps = np.empty(room(most), np.uint64), np.zeros(room(most), np.int64)
-    mask = len(keys) - 1
     for row in range(len(starts)):
         low, high = _stripped(data, starts[row], ends[row], table)
+        mask = room(last[row] - first[row]) - 1
         pieces = duplicates = characters_of = 0
-        value, count, i = np.uint64(0), 0, low
-        while i <= high:
-            feeds = 0
-            while i + feeds < high and data[i + feeds] == 10:
-                feeds += 1
-            if i == high or feeds >= 2:
+        key, count, open_ = np.uint64(0), 0, False
+        for line in range(first[row], last[row] + 1):
+            if line < last[row]:
+                begin, end = line_start[line], line_start[line] + line_length[line]
+                if end < low or begin > high:
+                    continue
+                value, size = hashes[line], line_size[line]
+                if begin < low or end > high:  # the first or the last line, stripped
+                    begin, end = max(begin, low), min(end, high)
+                    value, size = hash_bytes(data, begin, end), 0
+                    for i in range(begin, end):
+                        size += (data[i] & 0xC0) != 0x80
+                if begin < end:
+                    key = mix(key + _NEXT_LINE) + value
+                    count += size + open_
+                    open_ = True
+                    continue
+            if open_ or (low == high and line == last[row]):
                 pieces += 1
-                if seen(keys, stamps, row + 1, mask, value):
+                if seen(keys, stamps, row + 1, mask, key):
                     duplicates += 1
                     characters_of += count
-                value, count = np.uint64(0), 0
-                i += max(feeds, 1)
-            else:
-                value = value * np.uint64(0x9E3779B97F4A7C15) + (np.uint64(data[i]) + np.uint64(1))
-                count += (data[i] & 0xC0) != 0x80
-                i += 1
+                key, count, open_ = np.uint64(0), 0, False
         out[0, row] = duplicates / pieces
         out[1, row] = characters_of / sizes[row] if sizes[row] else 0.0
 
@@ -209,71 +202,3 @@ def _duplicate_lines(first, last, size, hashes, sizes, out):  # type: ignore[no-
                 characters_of += size[i]
         out[2, row] = duplicates / pieces if pieces else 0.0
         out[3, row] = characters_of / sizes[row] if sizes[row] else 0.0
-
-
-@numba.njit(cache=True, nogil=True)
-def _power(exponent):  # type: ignore[no-untyped-def]
-    """The base of words.hash_bytes to a power, mod 2**64."""
-    result, factor = np.uint64(1), np.uint64(0x9E3779B97F4A7C15)
-    while exponent:
-        if exponent & 1:
-            result *= factor
-        factor *= factor
-        exponent >>= 1
-    return result
-
-
-@numba.njit(cache=True, nogil=True)
-def _repeated_grams(first, last, length, size, hashes, sizes, out):  # type: ignore[no-untyped-def]
-    """Top n-grams of words joined by spaces, and duplicate n-grams of words joined by nothing."""
-    most = 1
-    for row in range(len(first)):
-        most = max(most, last[row] - first[row])
-    slots_of = room(most)
-    keys, stamps, counts = np.empty(slots_of, np.uint64), np.zeros(slots_of, np.int64), np.empty(slots_of, np.int32)
-    power, place, slots = np.empty(most, np.uint64), np.empty(most + 1, np.int64), np.empty(most, np.int64)
-    short = np.empty(64, np.uint64)
-    for exponent in range(64):
-        short[exponent] = _power(exponent)
-    stamp = 0
-    for row in range(len(first)):
-        begin, words, total = first[row], last[row] - first[row], sizes[row]
-        mask = room(words) - 1  # a short text stays in the cache
-        place[0] = 0
-        for i in range(words):
-            power[i] = short[length[begin + i]] if length[begin + i] < 64 else _power(length[begin + i])
-            place[i + 1] = place[i] + size[begin + i]
-        for n in range(2, 5):
-            if words < n:
-                continue
-            stamp += 1
-            for i in range(words - n + 1):
-                key = np.uint64(0)
-                for k in range(i, i + n):
-                    key = mix(key) + hashes[begin + k]
-                slot = np.int64(mix(key) & np.uint64(mask))
-                while stamps[slot] == stamp and keys[slot] != key:
-                    slot = (slot + 1) & mask
-                if stamps[slot] != stamp:
-                    stamps[slot], keys[slot], counts[slot] = stamp, key, 0
-                counts[slot] += 1
-                slots[i] = slot
-            best = characters_of = 0
-            for i in range(words - n + 1):  # the most frequent; of equals the one that came first
-                if counts[slots[i]] > best:
-                    best = counts[slots[i]]
-                    characters_of = place[i + n] - place[i] + n - 1
-            out[2 + n, row] = best * characters_of / total
-        for n in range(5, 11):
-            stamp += 1
-            repeated, i = 0, 0
-            while i + n <= words:
-                key = np.uint64(0)
-                for k in range(i, i + n):  # the hash of the concatenated bytes
-                    key = key * power[k] + hashes[begin + k]
-                if seen(keys, stamps, stamp, mask, key):
-                    repeated += place[i + n] - place[i]
-                    i += n
-                else:
-                    i += 1
-            out[2 + n, row] = repeated / total if total else 0.0
