@@ -2,7 +2,7 @@
 DEVICE ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && echo gpu || echo cpu)
 VENV := .venv/bin
 
-.PHONY: quickstart test test-slow lint setup lock peers bench clean
+.PHONY: quickstart test test-slow lint setup lock peers bench bench-run clean
 
 setup:
 	@bash requirements/install.sh $(DEVICE)
@@ -28,6 +28,11 @@ peers: setup
 # The table of measured results, each ratio beside its goal.
 bench: setup
 	@$(VENV)/python -m benchmarks.table
+
+# All benchmarks in full, an hour or so on two cores; each writes benchmarks/results/NAME.json.
+BENCHMARKS ?= $(shell grep -l '= arguments(' benchmarks/*/*.py | sed 's|/|.|g; s|\.py$$||')
+bench-run: setup peers
+	@for name in $(BENCHMARKS); do echo "== $$name"; $(VENV)/python -m $$name || exit 1; done
 
 # Writes the hashed requirement lists again after pyproject.toml changed.
 lock:
