@@ -30,7 +30,7 @@ bench: setup
 	@$(VENV)/python -m benchmarks.table
 
 # All benchmarks in full, an hour or so on two cores; each writes benchmarks/results/NAME.json.
-BENCHMARKS ?= $(shell grep -l '= arguments(' benchmarks/*/*.py | sed 's|/|.|g; s|\.py$$||')
+BENCHMARKS ?= $(shell grep -lE 'measure import.*arguments|^    arguments,' benchmarks/*/*.py | sed 's|/|.|g; s|\.py$$||')
 bench-run: setup peers
 	@for name in $(BENCHMARKS); do echo "== $$name"; $(VENV)/python -m $$name || exit 1; done
 
