@@ -91,10 +91,7 @@ class GopherRepetition(Filter):
             lines.hash, sizes, characters.table(), out,
         )  # fmt: skip
         _duplicate_lines(lines.first, lines.last, lines.characters, lines.hash, sizes, out)
-        measure_grams(
-            found.data, words.first, words.last, words.start, words.length, words.characters, words.hash, sizes,
-            out[len(_FRACTIONS) :],
-        )  # fmt: skip
+        measure_grams(words.first, words.last, words.length, words.characters, words.hash, sizes, out[len(_FRACTIONS) :])
         scores = {name: pa.array(out[row]) for row, name in enumerate(_MEASURES)}
         scores["empty"] = pa.array((sizes == 0).astype(np.float64))
         scores["language_guess"] = found.language_guess

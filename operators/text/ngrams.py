@@ -1,8 +1,7 @@
 """Repeated n-grams of words: the most frequent short ones, and the share of text in longer ones that occur again.
 
-Most n-grams occur once, so tables see only those that may repeat. An n-gram occurs twice only if both of its parts of one
-word less do; and n-grams whose joined bytes are equal begin with the same 16 bytes. Counters of a byte, shared by hash, find
-what occurs once without comparing any key.
+Most n-grams occur once. Counters without keys, shared by hash, tell which may occur more often; only those meet a table that
+compares them. Of the most frequent one that leaves a handful: no n-gram occurs more often than its counter says.
 """
 
 from __future__ import annotations
@@ -14,7 +13,6 @@ from operators.text.words import mix
 
 _BASE = np.uint64(0x9E3779B97F4A7C15)  # of words.hash_bytes
 _ODD = np.uint64(0xD6E8FEB86659FD93)
-_PREFIX = 16  # bytes
 
 
 @numba.njit(cache=True, nogil=True)
@@ -37,11 +35,6 @@ def seen(keys, stamps, stamp, mask, key):  # type: ignore[no-untyped-def]
     return found
 
 
-@numba.njit(cache=True, nogil=True, inline="always")
-def _counter(key, shift):  # type: ignore[no-untyped-def]
-    return np.int64(((key ^ (key >> np.uint64(32))) * _ODD) >> shift)
-
-
 @numba.njit(cache=True, nogil=True)
 def _power(exponent):  # type: ignore[no-untyped-def]
     """The base of words.hash_bytes to a power, mod 2**64."""
@@ -54,36 +47,21 @@ def _power(exponent):  # type: ignore[no-untyped-def]
     return result
 
 
-@numba.njit(cache=True, nogil=True, inline="always")
-def _eight(stream, at):  # type: ignore[no-untyped-def]
-    """Eight bytes as a number (one load, once compiled)."""
-    value = np.uint64(0)
-    for k in range(8):
-        value |= np.uint64(stream[at + k]) << np.uint64(8 * k)
-    return value
-
-
 @numba.njit(cache=True, nogil=True)
-def measure_grams(data, first, last, start, length, size, hashes, sizes, out):  # type: ignore[no-untyped-def]
+def measure_grams(first, last, length, size, hashes, sizes, out):  # type: ignore[no-untyped-def]
     """Fractions of the characters `sizes` of each text, into `out` (float64[9, texts]).
 
     Rows 0 to 2: the most frequent 2-, 3- and 4-gram of words joined by spaces, times its count; of equally frequent ones the
     first. Rows 3 to 8: 5- to 10-grams joined by nothing that occurred before, in a scan that goes on behind each one found.
-    The words of text i are `first[i]:last[i]` of `start`, `length` (bytes), `size` (characters) and `hashes`.
+    The words of text i are `first[i]:last[i]` of `length` (bytes), `size` (characters) and `hashes` (words.hash_bytes).
     """
-    most, most_bytes = 1, 0
+    most = 1
     for row in range(len(first)):
         most = max(most, last[row] - first[row])
-        joined = 0
-        for i in range(first[row], last[row]):
-            joined += length[i]
-        most_bytes = max(most_bytes, joined)
-    stream = np.empty(most_bytes, np.uint8)  # the words of a text joined
-    spot, place = np.empty(most + 1, np.int64), np.empty(most + 1, np.int64)  # bytes, characters before a word
-    keys, stamps = np.empty(room(most), np.uint64), np.zeros(room(most), np.int64)
-    counts, ids = np.empty(room(most), np.int64), np.empty(most, np.int64)
-    few = np.empty(8 * room(most), np.uint8)
-    candidates, gram_keys = np.empty(most, np.int64), np.empty(most, np.uint64)
+    keys, stamps, counts = np.empty(room(most), np.uint64), np.zeros(room(most), np.int64), np.empty(room(most), np.int64)
+    shared = np.empty(2 * room(most), np.int32)  # the counters
+    grams, place, power = np.empty(most, np.uint64), np.empty(most + 1, np.int64), np.empty(most, np.uint64)
+    own, chosen = np.empty(most, np.int32), np.empty(most, np.int64)
     short = np.empty(64, np.uint64)
     for exponent in range(64):
         short[exponent] = _power(exponent)
@@ -94,84 +72,92 @@ def measure_grams(data, first, last, start, length, size, hashes, sizes, out):  
             out[n, row] = 0.0
         if words < 2:
             continue
-        used, before = 0, 0
+        before = 0
         for i in range(words):
-            spot[i], place[i] = used, before
-            source = start[begin + i]
-            for k in range(length[begin + i]):
-                stream[used + k] = data[source + k]
-            used += length[begin + i]
+            place[i] = before
             before += size[begin + i]
-        spot[words], place[words] = used, before
+        place[words] = before
         slots, shift = 64, np.uint64(58)
-        while slots < 8 * words:
+        while slots < 4 * words:
             slots *= 2
             shift -= np.uint64(1)
-
-        # 2-grams: of those that share no counter nothing is kept
-        few[:slots] = 0
-        for i in range(words - 1):
-            key = mix(hashes[begin + i]) + hashes[begin + i + 1]
-            gram_keys[i] = key
-            counter = _counter(key, shift)
-            few[counter] += few[counter] < 2
-        mask = room(words) - 1
-        stamp += 1
-        for i in range(words - 1):
-            key = gram_keys[i]
-            ids[i] = -1
-            if few[_counter(key, shift)] == 2:
-                ids[i] = _count(keys, stamps, counts, stamp, mask, key)
-        out[0, row] = _top(ids, counts, place, words, 2) / total
-        for n in range(3, 5):
-            if words < n:
-                break
-            stamp += 1
-            for i in range(words - n + 1):  # the parts of an n-gram are known by their slots
-                if ids[i] >= 0 and ids[i + 1] >= 0:
-                    key = (np.uint64(ids[i]) << np.uint64(32)) | np.uint64(ids[i + 1])
-                    ids[i] = _count(keys, stamps, counts, stamp, mask, key)
-                else:
-                    ids[i] = -1
-            out[n - 2, row] = _top(ids, counts, place, words, n) / total
-
-        # 5-grams and longer
+        for i in range(words):
+            grams[i] = hashes[begin + i]
+        for n in range(2, min(words, 4) + 1):
+            for i in range(words - n + 1):
+                grams[i] = mix(grams[i]) + hashes[begin + i + n - 1]
+            _share(grams, words - n + 1, slots, shift, shared, own)
+            highest = np.int32(0)
+            for i in range(words - n + 1):
+                highest = max(highest, shared[own[i]])
+            best, at = 1, 0
+            while highest > 1:  # twice at most
+                found = _pick(own, shared, words - n + 1, highest, chosen)
+                stamp += 1
+                best, at = _most_frequent(grams, chosen, found, keys, stamps, counts, stamp)
+                if best >= highest:
+                    break
+                highest = np.int32(best)  # a shared counter was higher: all that may be as frequent
+            out[n - 2, row] = best * (place[at + n] - place[at] + n - 1) / total
         if words < 6:  # one 5-gram has nothing to repeat
             continue
-        few[:slots] = 0
-        for i in range(words - 4):
-            ids[i] = -1
-            if spot[i] + _PREFIX <= used and spot[i + 5] - spot[i] >= _PREFIX:
-                ids[i] = _counter(_eight(stream, spot[i]) * _BASE + _eight(stream, spot[i] + 8), shift)
-                few[ids[i]] += few[ids[i]] < 2
-            elif spot[i] + _PREFIX <= used:  # longer n-grams from here may still have that beginning
-                counter = _counter(_eight(stream, spot[i]) * _BASE + _eight(stream, spot[i] + 8), shift)
-                few[counter] += few[counter] < 2
-        found = 0
-        for i in range(words - 4):
-            if ids[i] < 0 or few[ids[i]] == 2:
-                candidates[found] = i
-                found += 1
-        for k in range(found):
-            key = np.uint64(0)
-            for i in range(candidates[k], candidates[k] + 4):
-                key = key * (short[length[begin + i]] if length[begin + i] < 64 else _power(length[begin + i])) + hashes[begin + i]
-            gram_keys[k] = key
-        mask = room(found) - 1
-        for n in range(5, 11):
+        for i in range(words):
+            power[i] = short[length[begin + i]] if length[begin + i] < 64 else _power(length[begin + i])
+            grams[i] = hashes[begin + i]
+        for n in range(2, min(words, 10) + 1):
+            for i in range(words - n + 1):  # the hash of the joined bytes
+                grams[i] = grams[i] * power[i + n - 1] + hashes[begin + i + n - 1]
+            if n < 5:
+                continue
+            _share(grams, words - n + 1, slots, shift, shared, own)
+            found = _pick(own, shared, words - n + 1, 2, chosen)
+            mask = room(found) - 1
             stamp += 1
             repeated, following = 0, 0
             for k in range(found):
-                i = candidates[k]
-                if i + n > words:
-                    break
-                size_of = length[begin + i + n - 1]
-                # the hash of the joined bytes
-                gram_keys[k] = gram_keys[k] * (short[size_of] if size_of < 64 else _power(size_of)) + hashes[begin + i + n - 1]
-                if i >= following and seen(keys, stamps, stamp, mask, gram_keys[k]):
+                i = chosen[k]
+                if i >= following and seen(keys, stamps, stamp, mask, grams[i]):
                     repeated += place[i + n] - place[i]
                     following = i + n
             out[n - 2, row] = repeated / total
+
+
+@numba.njit(cache=True, nogil=True)
+def _share(grams, count, slots, shift, shared, own):  # type: ignore[no-untyped-def]
+    """Count each n-gram in the counter of its hash; `own` says which that is."""
+    for slot in range(slots):
+        shared[slot] = 0
+    for i in range(count):
+        own[i] = ((grams[i] ^ (grams[i] >> np.uint64(32))) * _ODD) >> shift
+    for i in range(count):
+        shared[own[i]] += np.int32(1)
+
+
+@numba.njit(cache=True, nogil=True)
+def _pick(own, shared, count, least, chosen):  # type: ignore[no-untyped-def]
+    """Positions whose counter is at least `least`, in order, into `chosen`; returns their number. Without a branch."""
+    found = 0
+    for i in range(count):
+        chosen[found] = i
+        found += shared[own[i]] >= least
+    return found
+
+
+@numba.njit(cache=True, nogil=True)
+def _most_frequent(grams, chosen, found, keys, stamps, counts, stamp):  # type: ignore[no-untyped-def]
+    """(count, first position) of the most frequent n-gram at the chosen positions; of equals the one that came first."""
+    mask = room(found) - 1
+    best = 0
+    for k in range(found):
+        slot = _count(keys, stamps, counts, stamp, mask, grams[chosen[k]])
+        best = max(best, counts[slot])
+    for k in range(found):
+        slot = np.int64(mix(grams[chosen[k]]) & np.uint64(mask))
+        while keys[slot] != grams[chosen[k]]:
+            slot = (slot + 1) & mask
+        if counts[slot] == best:
+            return best, chosen[k]
+    return best, np.int64(0)
 
 
 @numba.njit(cache=True, nogil=True, inline="always")
@@ -184,16 +170,3 @@ def _count(keys, stamps, counts, stamp, mask, key):  # type: ignore[no-untyped-d
         stamps[slot], keys[slot], counts[slot] = stamp, key, 0
     counts[slot] += 1
     return slot
-
-
-@numba.njit(cache=True, nogil=True)
-def _top(ids, counts, place, words, n):  # type: ignore[no-untyped-def]
-    """Characters in all occurrences of the most frequent n-gram, the first of equals; forgets the ids that occur once."""
-    best, at = 1, 0
-    for i in range(words - n + 1):
-        if ids[i] >= 0:
-            if counts[ids[i]] < 2:
-                ids[i] = -1
-            elif counts[ids[i]] > best:
-                best, at = counts[ids[i]], i
-    return best * (place[at + n] - place[at] + n - 1)
