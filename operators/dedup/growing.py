@@ -15,6 +15,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from cluster import storage
+from operators import shards
 from operators.dedup import components, exchange, index, removed
 from operators.dedup.confirming import SET_FILES
 from operators.dedup.keys import KINDS
@@ -54,8 +55,6 @@ def keep_rows(plan: Plan, number: int, ids: pa.Array, sketches: np.ndarray | Non
     copies = (gone[gone[:, 3] == components.EXACT, 0] - np.uint64(part.first_ordinal)).astype(np.int64)
     present = np.ones(part.rows, bool)
     if part.removed:
-        from operators import shards
-
         present = ~shards.load_bitmap(part)
     present[copies] = False
     rows = np.flatnonzero(present)
@@ -108,6 +107,7 @@ def publish_generation(plan: Plan, number: int) -> None:
     assert plan.generation is not None
     inputs = range(plan.references, len(plan.parts))
     rows = sum(exchange.load_record(plan.directory, "remove", part)["indexed_rows"] for part in inputs)
+    storage.delete(storage.join(plan.generation, "shingles", ".scratch"))
     sizes: dict[str, int] = {}
     for entry in storage.list_files(plan.generation):
         kind = entry.relative.split("/")[0]

@@ -67,6 +67,7 @@ class DedupOptions(ShingleOptions):
     )
     priority: list[str] | None = Field(
         None,
+        min_length=1,
         description="sources in order of precedence, before `keep`: a row of an earlier one stays; sources not listed come last",
     )
     priority_column: str = Field("source", description="the column whose values `priority` lists")

@@ -213,6 +213,8 @@ MESSAGES: dict[str, tuple[str, str]] = {
     "duplicates.exact": ("Exact duplicates", "完全重复"),
     "duplicates.near": ("Near duplicates", "近似重复"),
     "duplicates.verified": ("Pairs verified", "已核验配对"),
+    "duplicates.indexed": ("Known to the index", "索引中已有"),
+    "duplicates.unchecked": ("Pairs left unchecked", "未核验配对"),
     "duplicates.same_ids": ("Repeated ids", "重复编号"),
     "duplicates.remaining": ("Remaining", "剩余"),
     "duplicates.edges": ("Matching pairs", "匹配对"),

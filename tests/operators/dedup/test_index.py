@@ -16,7 +16,9 @@ import pytest
 from operators import shards
 from operators.config import SettingsError
 from operators.dedup import index
+from pipelines.recipe import parse_recipe
 from pipelines.stages.dedup import DedupStage
+from pipelines.trace import trace
 from tests.operators.dedup.corpus import context_of, documents, removed_rows, write_corpus
 from tests.operators.dedup.corpus import without_ray as without_ray  # a fixture
 
@@ -133,6 +135,31 @@ def test_settings_that_differ_from_the_index_are_refused(tmp_path: Path) -> None
     (tmp_path / "kept" / "one" / "generation.json").write_text(json.dumps(record))
     with pytest.raises(SettingsError, match=r"compared with \['zero'\], which the index no longer holds"):
         run(tmp_path, "two", {"s": second}, index="kept")
+
+
+def test_a_recipe_keeps_an_index_and_the_trace_names_it(tmp_path: Path) -> None:
+    first, second = pieces(tmp_path, documents(8, seed=3), [20])
+    recipe = parse_recipe(
+        """
+        name: demo
+        stages:
+          wiki: {kind: corpus, read: {path: w.jsonl}}
+          web: {kind: corpus, read: {path: a.jsonl}}
+          clean: {kind: dedup, input: web, reference: [wiki], priority: [news], index: kept, threshold: 0.6, bands: 28, rows: 4}
+        """
+    )
+    run(tmp_path, "one", {"s": first}, index="kept")
+    stage = recipe.stages["clean"]
+    assert stage.input_names() == ["web", "wiki"]
+    empty = write_corpus(tmp_path, "wiki", documents(1).slice(0, 0), 5)
+    context = context_of(tmp_path, "clean", {"web": second, "wiki": empty})
+    context.base_directory = str(tmp_path)
+    stage.run(context)
+    row = next(row for row in removed_rows(Path(context.directory)) if row["kept_from"] == "one")
+    record = {"order": ["clean"], "stages": {"clean": {"directory": f"clean/{'1' * 8}", "status": "done", "inputs": ["web"]}}}
+    (tmp_path / "run.json").write_text(json.dumps(record))
+    (event,) = [event for event in trace(str(tmp_path), row["id"]) if event.what == "removed"]
+    assert f"kept instead: {row['kept_id']} of one" in event.detail
 
 
 def test_only_blocks_that_may_match_are_read_and_none_is_missed(tmp_path: Path) -> None:
