@@ -1,8 +1,18 @@
 """Offensive words by the LDNOOBW lists (CC BY 4.0, see LDNOOBW-LICENSE.txt), as C4 uses them (Raffel et al. 2020, section 2.2).
 
 In spaced languages a word counts between non-letters; in Chinese, Japanese and Thai anywhere. Single Chinese characters of
-the list (`性`, `奶`, `幹`, ...) are ordinary parts of ordinary words, so they count only if `single_characters` is on: with
-them more than half of clean Chinese documents would be hit.
+the list (`性`, `奶`, `幹`, ...) are ordinary parts of ordinary words, so they count only if `single_characters` is on.
+
+Measured: documents that hold a listed word, and documents that the default limit (.5% of the characters) drops.
+
+    data                                            documents   any word   dropped   any, with single characters
+    Chinese encyclopaedia (CMRC2018, DRCD)                639       3.8%      0.5%      16.4%
+    Chinese books (translated classics)                   407      27.3%      0.5%      51.8%
+    Chinese documentation (LibreOffice, Paddle)         2,368       0.0%      0.0%       0.3%
+    English documentation and C4 pages                  3,602       2.7%      0.0%
+    offensive English dialogues (hh-rlhf, harmless)     1,200      13.4%     12.4%
+
+So the lists find coarse language, not harm: six of seven of those dialogues hold no listed word.
 """
 
 from __future__ import annotations

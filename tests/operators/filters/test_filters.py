@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 import re
 from collections import Counter
@@ -245,6 +246,33 @@ def test_bad_words_are_counted_at_word_boundaries_and_anywhere_in_chinese() -> N
     assert scores["count"].to_pylist()[4] == 0
     assert BadWords().process(table).reason.to_pylist() == [None, "bad_words", None, "bad_words", None]  # type: ignore[union-attr]
     assert BadWords(single_characters=True).measure(table)["count"].to_pylist()[4] > 0
+
+
+@pytest.mark.parametrize(
+    ("lang", "bad", "harmless"),
+    [
+        ("en", "He told them to fuck off.", "He told them to take a duck off the assessment of the cockpit."),
+        ("zh", "你这个傻逼快滚", "他的性格很好，喜欢喝牛奶，干活也卖力。"),
+        ("zh-Hant", "這個白癡打手槍，雞巴", "他的性格很好，喜歡喝牛奶，幹活也賣力。"),
+        ("de", "So eine Scheiße, du Arschloch.", "Der Hase saß im Gras."),
+        ("ja", "まんこ", "女の子は学校へ行きました。"),
+    ],
+)
+def test_every_language_has_its_own_bad_words(lang: str, bad: str, harmless: str) -> None:
+    rows = pa.table({"text": [bad, harmless], "lang": [lang, lang]})
+    counts = BadWords().measure(rows)["count"].to_pylist()
+    assert counts[0] >= 1
+    assert counts[1] == 0
+
+
+def test_bad_words_drop_offensive_dialogues_and_hardly_any_clean_document(data_pack: Path) -> None:
+    lines = (data_pack / "preference" / "hh_rlhf_harmless.jsonl").read_text("utf-8").split("\n")
+    dialogues = [json.loads(line)["rejected"] for line in lines if line]
+    clean = pq.read_table(data_pack / "corpus" / "zh.parquet", columns=["text", "source"])
+    clean = clean.filter(pa.compute.match_substring_regex(clean["source"], "^(CMRC2018|DRCD)"))["text"].to_pylist()
+    for texts, lang, low, high in ((dialogues, "en", 0.1, 0.2), (clean, "zh", 0.0, 0.01)):
+        kept = BadWords().process(pa.table({"text": texts, "lang": [lang] * len(texts)})).kept().num_rows
+        assert low <= 1 - kept / len(texts) <= high, lang
 
 
 def test_bad_words_can_be_masked_and_lists_extended(tmp_path: Path) -> None:
