@@ -34,7 +34,7 @@ class DecontaminateSettings(Settings):
 
     benchmarks: list[Benchmark] = Field(min_length=1, description="benchmark files and their fields")
     words: int = Field(default=13, ge=1, description="words of an n-gram")
-    characters: int = Field(default=16, ge=1, description="characters of an n-gram of an item written without spaces (Chinese)")
+    characters: int = Field(default=13, ge=1, description="characters of an n-gram of an item written without spaces (Chinese)")
     short_words: int = Field(default=8, ge=1, description="shorter items count only as a whole, from this many words on")
     short_characters: int = Field(default=10, ge=1, description="shorter unspaced items count only as a whole, from here on")
     template_items: int | None = Field(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import tempfile
 from pathlib import Path
@@ -16,6 +17,7 @@ from operators.dedup.lines import LineOptions, phases_of
 from operators.dedup.normalise import WORDS, normalised_tokens
 from operators.dedup.spans import LINE, PARAGRAPH, find_pieces
 from pipelines.stages.cutting import LineDedupStage
+from pipelines.trace import trace
 from tests.operators.dedup.corpus import context_of, directory_of, write_corpus
 from tests.operators.dedup.cut import cut_spans, documents, kept_texts, run_cut, same_bytes
 
@@ -52,6 +54,18 @@ def test_a_line_stays_in_the_first_document_and_is_cut_from_the_others(tmp_path:
     assert manifest.stats["documents_changed"] == 2
     rejects = shards.pq.read_table(directory_of(tmp_path, "clean") / manifest.rejects[0]["name"]).to_pylist()
     assert [(row["id"], row["text"], row["value"]) for row in rejects] == [("d3", rows[3], 0.0)]
+
+
+def test_trace_tells_what_was_cut_from_a_document_and_who_holds_it(tmp_path: Path) -> None:
+    run_cut(tmp_path, "clean", documents([f"{MENU}\n{BODY[0]}", f"{MENU}\n{BODY[1]}"]), phases_of, LineOptions())
+    entry = {"directory": f"clean/{'1' * 8}", "status": "done", "inputs": []}
+    (tmp_path / "run.json").write_text(json.dumps({"order": ["clean"], "stages": {"clean": entry}}))
+    told = [(event.what, event.detail) for event in trace(str(tmp_path), "d1")]
+    assert told[0][0] == "kept"
+    assert told[1] == ("cut", f"bytes 0..{len(MENU)}, first in d0: {MENU!r}")
+    assert ("represents", "holds the first occurrence of 1 spans that were cut") in [
+        (event.what, event.detail) for event in trace(str(tmp_path), "d0")
+    ]
 
 
 def test_paragraphs_go_with_the_blank_lines_after_them(tmp_path: Path) -> None:
@@ -189,5 +203,5 @@ def test_the_stage_writes_the_same_bytes_for_any_partitions_and_workers(tmp_path
         LineDedupStage(input="in", partitions=partitions).run(context)
     one, two = (same_bytes(directory_of(tmp_path, name)) for name in ("one", "two"))
     assert one == two
-    assert len(kept_texts(str(directory_of(tmp_path, "one")))) == 12
+    assert [text.split(":")[0] for text in kept_texts(str(directory_of(tmp_path, "one")))] == ["d0", "d1", "d2"]
     assert not (directory_of(tmp_path, "one") / "keys").exists()
