@@ -27,6 +27,7 @@ from operators.config import SettingsError, first_model, nearest
 from operators.replay import Example, Fate, Outcome, Replay
 
 EXCERPT_CHARACTERS = 160
+_MOVES_SHOWN = 8  # ways in which rejected rows are rejected for another reason
 _UNIT = re.compile(r"^\w+/(\d+)-")
 
 
@@ -358,13 +359,19 @@ def lines(decision: Decision) -> list[str]:
         return [*out, f"  nothing changes: {before:,} rows kept"]
     up_to = f" to {most:,} (undecided: {most - least:,})" if most > least else ""
     out += [f"  kept: {before:,} -> {least:,}{up_to}", ""]
-    for old, new, langs in changes:
+    moved = [change for change in changes if change[0].kind == change[1].kind]
+    for old, new, langs in [change for change in changes if change not in moved] + moved[:_MOVES_SHOWN]:
         shares = ", ".join(f"{lang or '?'} {count:,}" for lang, count in langs.most_common(8))
         more = f", {len(langs) - 8} more languages" if len(langs) > 8 else ""
         out.append(f"  {langs.total():>9,}  {old} -> {new}  ({shares}{more})")
-        for shown in decision.examples.get((old, new), []):
+        for shown in decision.examples.get((old, new), []) if old.kind != new.kind else []:
             value = "" if shown.value is None else f" {shown.value:.6g}"
             out.append(f"             {shown.id}{value}: {shown.text}")
+    if len(moved) > _MOVES_SHOWN:
+        left = sum(langs.total() for _, _, langs in moved[_MOVES_SHOWN:])
+        out.append(
+            f"  {left:>9,}  rejected for other reasons than before, in {len(moved) - _MOVES_SHOWN} more ways (--json lists them)"
+        )
     if any(new.kind == "undecided" for _, new, _ in changes):
         hint = "they need the text" if decision.measure == "all" else "`measure: all` decides those that a later filter would see"
         out += ["", f"  undecided: the operator named was never run on these rows in this stage; {hint}"]

@@ -52,7 +52,7 @@ class ChineseScript(Filter):
     settings = ChineseScriptSettings
     adds = ("script", "script_share", "modern_particles")
     reads = ()
-    decide_options = frozenset({"keep", "min_share", "min_modern_particles", "codes"})
+    decide_options = frozenset({"keep", "min_share", "min_modern_particles"})  # `codes` changes what later filters see
 
     def measure(self, table: pa.Table, analysis: Analysis | None = None) -> dict[str, pa.Array]:
         """`script` string, `script_share` and `modern_particles` float64; null where the text is not Chinese."""

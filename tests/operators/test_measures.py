@@ -26,6 +26,7 @@ TEXTS = [
     ENGLISH * 4, CHINESE * 5, "short", "- Home\n- About\n" * 30, "", "点击购买" * 60, "Der Ausschuss tagte. " * 9, "\x00\n \t",
     "fuck " * 20 + ENGLISH, f"{ENGLISH}\n{CHINESE}", "The cat sat. " * 50,
 ]  # fmt: skip
+URLS = [None, "", *(f"https://sexy-{n}.example/新闻/{n}" for n in range(len(TEXTS) - 2))]
 LANGS = ["en", "zh-Hans", None, "en", "en", "zh", "de", None, "en", "zh", "en"]
 
 
@@ -41,6 +42,9 @@ def entries(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
     benchmarks = [{"name": "made", "path": str(directory / "items.jsonl"), "fields": ["question"]}]
     return {
         "detect_language": [{"keep": ["en", "zh"]}],
+        "language_share": [{"languages": ["en", "zh"], "minimum": 0.7}],
+        "chinese_script": [{"keep": ["Hans"], "min_modern_particles": 0.01}],
+        "filter_urls": [{"missing": "drop", "soft_words": 1}],
         "gopher_quality": [{"thresholds": {"zh": {"min_words": 90}}}],
         "score_quality": [{"model": model, "minimum": {"en": 0.5, "*": 0.3}}],
         "bad_words": [{"max_count": 0}],
@@ -59,7 +63,7 @@ FILTERS = [name for name in registry.OPERATORS if issubclass(registry.load(name)
 
 @pytest.mark.parametrize("name", FILTERS)
 def test_decisions_follow_from_stored_scores_and_named_columns_row_by_row(name: str, entries: dict[str, list[Any]]) -> None:
-    table = pa.table({"id": list(map(str, range(len(TEXTS)))), "text": TEXTS, "lang": pa.array(LANGS)})
+    table = pa.table({"id": list(map(str, range(len(TEXTS)))), "text": TEXTS, "lang": pa.array(LANGS), "url": pa.array(URLS)})
     for options in entries.get(name, [{}]):
         operator = registry.build({name: options})
         assert isinstance(operator, Filter)
