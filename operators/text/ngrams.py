@@ -95,9 +95,11 @@ def measure_grams(first, last, length, size, hashes, sizes, out):  # type: ignor
                 found = _pick(own, shared, words - n + 1, highest, chosen)
                 stamp += 1
                 best, at = _most_frequent(grams, chosen, found, keys, stamps, counts, stamp)
-                if best >= highest:
+                if best >= highest or highest == 2:
                     break
-                highest = np.int32(best)  # a shared counter was higher: all that may be as frequent
+                highest = np.int32(max(best, 2))  # a shared counter was higher: all that may be as frequent
+            if best == 1:
+                at = 0
             out[n - 2, row] = best * (place[at + n] - place[at] + n - 1) / total
         if words < 6:  # one 5-gram has nothing to repeat
             continue
