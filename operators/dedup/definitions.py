@@ -17,7 +17,7 @@ import pyarrow as pa
 from operators.dedup.normalise import AUTO, CHARACTERS, DIGIT, SEPARATOR, WORDS, code_table, is_unspaced, text_buffers
 from operators.dedup.signatures import units_of
 
-_NUL = 0x1FFFFF  # no code point; 0 would mean that the character is dropped
+_NUL = 0x10FFFF  # stands for U+0000, whose own code would mean that the character is dropped
 
 
 @functools.cache

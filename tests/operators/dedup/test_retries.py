@@ -14,7 +14,7 @@ from operators.stage import StageContext
 from pipelines.stages.dedup import DedupStage
 from tests.operators.dedup.corpus import bytes_below, context_of, documents, run_here, write_corpus
 
-OPTIONS: dict[str, Any] = {"threshold": 0.6, "bands": 28, "rows": 4, "verify": True, "partitions": 3, "keep": "best"}
+OPTIONS: dict[str, Any] = {"threshold": 0.6, "bands": 28, "rows": 4, "verify": True, "partitions": 2, "keep": "best"}
 
 
 class Killed(RuntimeError):
@@ -45,9 +45,9 @@ def test_every_unit_may_die_or_run_twice(tmp_path: Path, monkeypatch: pytest.Mon
     outcomes = []
     for name, scheduler in (("calm", run_here), ("hurt", run_dying)):
         monkeypatch.setattr(stage, "run_phases", scheduler)
-        table = documents(6, seed=1)
+        table = documents(4, seed=1)
         sources = [
-            write_corpus(tmp_path / name, f"web{i}", rows, 6) for i, rows in enumerate((table.slice(0, 14), table.slice(14)))
+            write_corpus(tmp_path / name, f"web{i}", rows, 6) for i, rows in enumerate((table.slice(0, 10), table.slice(10)))
         ]
         for fingerprint, source in zip(("first", "second"), sources, strict=True):
             context = context_of(tmp_path / name, "clean", {"web": source}, fingerprint=fingerprint)
