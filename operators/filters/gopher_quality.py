@@ -9,6 +9,7 @@ stop-word rule, so that no language is emptied by the rules of another; `thresho
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
@@ -87,6 +88,7 @@ _RULES = (
     Rule("few_letters", "letter_words", "min_letter_words", False),
     Rule("few_stop_words", "stop_words", "min_stop_words", False),
 )
+_ODD, _FILTER_BITS = np.uint64(0xD6E8FEB86659FD93), 12  # of the filter that most words that are no stop word fail
 _MEASURES = (
     "words", "mean_word_length", "hash_ratio", "ellipsis_ratio", "bullet_lines", "ellipsis_lines", "alpha_words", "letter_words",
 )  # fmt: skip
@@ -127,14 +129,15 @@ class GopherQuality(Filter):
         words = found.words
         out = np.empty((len(_MEASURES), len(found)), np.float64)
         _measure_words(words.first, words.last, words.characters, words.flags, out)
-        _measure_text(found.data, found.starts, found.ends, characters.table(), words.first, words.last, out)
+        _measure_text(found.data, found.starts, found.ends, characters.table(), _plain_bytes(), words.first, words.last, out)
         scores = {name: pa.array(out[row]) for row, name in enumerate(_MEASURES)}
         for code, listed in self._stop_words().items():
             hashes = np.array([hash_text(word) for word in listed], np.uint64)
             order = np.argsort(hashes)
             longest = max((len(word.encode()) for word in listed), default=0)
-            counts = np.empty(len(found), np.int64)
-            _count_stop_words(words.first, words.last, words.length, words.hash, hashes[order], longest, counts)
+            counts, bits = np.empty(len(found), np.int64), np.zeros(1 << _FILTER_BITS, np.bool_)
+            bits[(hashes * _ODD) >> np.uint64(64 - _FILTER_BITS)] = True
+            _count_stop_words(words.first, words.last, words.length, words.hash, hashes[order], longest, bits, counts)
             scores[f"stop_words_{code}"] = pa.array(counts)
         scores["language_guess"] = found.language_guess
         return scores
@@ -159,6 +162,12 @@ class GopherQuality(Filter):
         return counts
 
 
+@functools.cache
+def _plain_bytes() -> np.ndarray:
+    """bool[256]: ASCII characters that are no white space, line end, full stop or `#`."""
+    return np.array([not (chr(byte).isspace() or chr(byte) in ".#\0") and byte < 0x80 for byte in range(256)], np.bool_)
+
+
 @numba.njit(cache=True, nogil=True)
 def _measure_words(first, last, size, flags, out):  # type: ignore[no-untyped-def]
     for row in range(len(first)):
@@ -176,12 +185,12 @@ def _measure_words(first, last, size, flags, out):  # type: ignore[no-untyped-de
 
 
 @numba.njit(cache=True, nogil=True)
-def _count_stop_words(first, last, length, hashes, listed, longest, out):  # type: ignore[no-untyped-def]
+def _count_stop_words(first, last, length, hashes, listed, longest, bits, out):  # type: ignore[no-untyped-def]
     for row in range(len(first)):
         seen = np.uint64(0)
         count = 0
         for i in range(first[row], last[row]):
-            if length[i] <= longest:
+            if length[i] <= longest and bits[(hashes[i] * _ODD) >> np.uint64(64 - _FILTER_BITS)]:
                 found = find_sorted(listed, hashes[i])
                 if found >= 0:
                     bit = np.uint64(1) << np.uint64(found)
@@ -192,7 +201,7 @@ def _count_stop_words(first, last, length, hashes, listed, longest, out):  # typ
 
 
 @numba.njit(cache=True, nogil=True)
-def _measure_text(data, starts, ends, table, first, last, out):  # type: ignore[no-untyped-def]
+def _measure_text(data, starts, ends, table, plain, first, last, out):  # type: ignore[no-untyped-def]
     """Hashes and ellipses a word, and the shares of lines (as str.splitlines) that begin with a bullet or end in dots."""
     for row in range(len(starts)):
         hashes = ellipses = lines = bullets = trailing = 0
@@ -204,6 +213,21 @@ def _measure_text(data, starts, ends, table, first, last, out):  # type: ignore[
         i, end = starts[row], ends[row]
         while i < end:
             byte = np.int32(data[i])
+            if plain[byte]:  # a run of characters that decide nothing but how the line begins
+                started = True
+                if not opening:
+                    opening = byte
+                counted_dots = dots = 0
+                ends_in_dots = False
+                i += 1
+                while i < end and plain[data[i]]:
+                    i += 1
+                continue
+            if byte == 32:
+                started = True
+                counted_dots = dots = 0
+                i += 1
+                continue
             if byte < 0x80:
                 point, step = byte, 1
             elif byte < 0xE0:
