@@ -7,12 +7,14 @@ root of a cluster is its smallest ordinal, so the result does not depend on orde
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numba as nb
 import numpy as np
 
 EXACT, NEAR = 1, 2
+_GATHERED_PAIRS = 1 << 24  # 256 MB
 
 
 def bucket_pairs(keys: list[np.ndarray], ordinals: np.ndarray, base: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -58,6 +60,22 @@ def forest_mask(larger: np.ndarray, smaller: np.ndarray) -> np.ndarray:
     """bool[pairs]: which pairs `forest` keeps."""
     nodes, ranks = np.unique(np.concatenate([larger, smaller]), return_inverse=True)
     return _forest(ranks[: len(larger)], ranks[len(larger) :], len(nodes))
+
+
+def gather_forest(pieces: Iterable[np.ndarray], most: int = _GATHERED_PAIRS) -> np.ndarray:
+    """Pairs (larger, smaller) uint64[n, 2] from many pieces, contracted to a forest whenever `most` more have come.
+
+    A pair that meets in many bands comes in many pieces; contracting on the way holds about one pair for each ordinal
+    instead of six, and leaves the components and the smallest partner of each ordinal as they are.
+    """
+    kept, waiting, new = np.empty((0, 2), np.uint64), list[np.ndarray](), 0
+    for piece in pieces:
+        waiting.append(piece)
+        new += len(piece)
+        if new > max(most, len(kept)):  # as many new ones as kept ones, so that none is looked at too often
+            pairs = np.concatenate([kept, *waiting])
+            kept, waiting, new = np.column_stack(forest(pairs[:, 0], pairs[:, 1])), [], 0
+    return np.concatenate([kept, *waiting])
 
 
 @nb.njit(cache=True, nogil=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -115,7 +115,12 @@ def read_partition(directory: str, kind: str, partition: int, width: int) -> np.
     return np.concatenate(pieces)
 
 
+def read_each(directory: str, kind: str, units: Sequence[int], width: int) -> Iterator[np.ndarray]:
+    """The records of each unit's file of a kind: uint64[records, width]."""
+    for unit in units:
+        yield np.frombuffer(storage.read_bytes(data_path(directory, kind, unit)), np.uint64).reshape(-1, width)
+
+
 def read_all(directory: str, kind: str, units: Sequence[int], width: int) -> np.ndarray:
     """The whole files of a kind, one after another."""
-    pieces = [np.frombuffer(storage.read_bytes(data_path(directory, kind, unit)), np.uint64) for unit in units]
-    return np.concatenate([np.empty(0, np.uint64), *pieces]).reshape(-1, width)
+    return np.concatenate([np.empty((0, width), np.uint64), *read_each(directory, kind, units, width)])

@@ -112,10 +112,12 @@ def join_partition(plan: Plan, number: int) -> None:
 
 
 def resolve_clusters(plan: Plan, number: int) -> None:
-    """The only unit that sees all pairs: 16 B for each (24 if verified), at most two for an ordinal and partition."""
-    exact = exchange.read_all(plan.directory, "pairs-exact", range(plan.partitions), 2)
-    units = range(plan.references, len(plan.parts)) if plan.verifies else range(plan.partitions)
-    near = exchange.read_all(plan.directory, "pairs-bands", units, 3 if plan.verifies else 2)
+    """The only unit that sees all pairs: 16 B for each, contracted as they come in; 24 B for every verified one."""
+    exact = components.gather_forest(exchange.read_each(plan.directory, "pairs-exact", range(plan.partitions), 2))
+    if plan.verifies:
+        near = exchange.read_all(plan.directory, "pairs-bands", range(plan.references, len(plan.parts)), 3)
+    else:
+        near = components.gather_forest(exchange.read_each(plan.directory, "pairs-bands", range(plan.partitions), 2))
     pairs = (exact[:, 0], exact[:, 1]), (near[:, 0], near[:, 1])
     members = components.members_of(*pairs)
     similarity = near[:, 2].copy().view(np.float64) if plan.verifies else None

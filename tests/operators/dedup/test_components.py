@@ -16,6 +16,7 @@ from operators.dedup.components import (
     connected_components,
     forest,
     forest_mask,
+    gather_forest,
     members_of,
     resolve,
 )
@@ -48,6 +49,18 @@ pair_lists = st.lists(st.tuples(st.integers(0, 40), st.integers(0, 40)).filter(l
 def test_components_are_those_of_the_naive_search(pairs: Pairs) -> None:
     nodes, roots = connected_components(*arrays(pairs))
     assert dict(zip(nodes.tolist(), roots.tolist(), strict=True)) == naive_roots(pairs)
+
+
+@settings(max_examples=200, deadline=None)
+@given(pair_lists, st.integers(1, 8), st.integers(0, 12))
+def test_pairs_contracted_as_they_come_decide_as_all_of_them_at_once(pairs: Pairs, pieces: int, most: int) -> None:
+    table, none = np.column_stack(arrays(pairs)), (np.empty(0, np.uint64), np.empty(0, np.uint64))
+    gathered = gather_forest(np.array_split(table, pieces), most)
+    assert len(gathered) <= len(table)
+    whole, contracted = resolve(none, (table[:, 0], table[:, 1])), resolve(none, (gathered[:, 0], gathered[:, 1]))
+    for name in ("ordinals", "kept", "match", "kind"):
+        assert (getattr(whole, name) == getattr(contracted, name)).all()
+    assert whole.cluster_sizes == contracted.cluster_sizes
 
 
 @settings(max_examples=200, deadline=None)
