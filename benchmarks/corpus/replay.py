@@ -21,20 +21,21 @@ from operators import shards
 from operators.corpus import run_unit
 from operators.sources.units import ReadSettings, plan_units
 from operators.supervise import Report, Task
-from pipelines.decide import decide
+from pipelines.decide import Decision, decide
 
 _CORPUS = ROOT.parent / "shared" / "data" / "corpus"
 _OPERATORS: list[Any] = [
     "detect_language", "gopher_repetition", "gopher_quality", "fineweb_quality", "bad_words", "c4_quality",
 ]  # fmt: skip
-_CHANGE = ["gopher_quality.min_words=100"]
+_CHANGE = ["gopher_quality.min_words=100", "gopher_repetition.max_top_2_gram=0.3"]  # one stricter, one looser
+_REPEATS = 20
 
 
 def main() -> None:
     options = arguments(__doc__ or "")
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        rows, size = _write(folder / "documents.parquet", 500 if options.quick else 4000)
+        rows, size = _write(folder / "documents.parquet", 500 if options.quick else 6000)
         for measure in ("none", "seen", "all"):
             _run(folder, measure, "warm", limit=20)
         number = iter(range(10**6))
@@ -45,7 +46,7 @@ def main() -> None:
         runs = interleave(stages, options.rounds)
         replays = interleave(
             {
-                measure: lambda measure=measure: in_process(lambda: decide(str(folder / measure), _CHANGE, examples=0))  # type: ignore[misc]
+                measure: lambda measure=measure: in_process(lambda: _replay(str(folder / measure)))  # type: ignore[misc]
                 for measure in ("seen", "all")
             },
             max(3, options.rounds),
@@ -59,22 +60,27 @@ def main() -> None:
                 )
             manifest = shards.load_manifest(same.directory)
             written = sum(part["bytes"] for part in manifest.measures)
-            changed = replays[measure][0].output[0]
+            changed = replays[measure][0].output
             figures[measure] = {
                 "cost_over_none": median_cpu(runs[measure]) / median_cpu(runs["none"]) - 1,
                 "bytes_per_document": written / rows,
                 "share_of_stage_bytes": written / sum(part["bytes"] for part in [*manifest.parts, *manifest.rejects]),
-                "replayed_documents_per_cpu_s": rows / median_cpu(replays[measure]),
+                "replayed_documents_per_cpu_s": _REPEATS * rows / median_cpu(replays[measure]),
                 "rows_that_change": sum(langs.total() for _, _, langs in changed.changes()),
                 "undecided": changed.kept[2] - changed.kept[1],
             }
         publish(
             "corpus.replay",
-            {"vs_rerun": median_cpu(runs["none"]) / median_cpu(replays["seen"])},
+            {"vs_rerun": _REPEATS * median_cpu(runs["none"]) / median_cpu(replays["seen"])},
             figures,
             data=f"{rows} documents of data/corpus (English and Chinese by turns), {size / 1e6:.1f} MB",
             quick=options.quick,
         )
+
+
+def _replay(run: str) -> Decision:
+    """The changed decisions, several times over: once is too short for the clock."""
+    return [decide(run, _CHANGE, examples=0) for _ in range(_REPEATS)][-1][0]
 
 
 def _write(path: Path, count: int) -> tuple[int, int]:

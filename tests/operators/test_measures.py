@@ -13,8 +13,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from operators import registry
+from operators import registry, shards
 from operators.chain import Chain
+from operators.ledger import Ledger
 from operators.measures import KEPT, replayable, segments
 from operators.operator import Filter
 from operators.quality.classifier import train_classifier
@@ -126,3 +127,22 @@ def test_measures_of_batches_have_one_schema_whatever_reaches_a_filter(tmp_path:
     some = chain.run(pa.table({"id": ["a"], "text": [ENGLISH * 4], "source": ["s"]})).measures
     none = chain.run(pa.table({"id": ["a"], "text": ["x"], "source": ["s"]})).measures
     assert some is not None and none is not None and some.schema == none.schema
+
+
+def test_measures_are_committed_with_their_unit_and_taken_over_with_it(tmp_path: Path) -> None:
+    measured = Chain(["gopher_quality"], "seen").run(pa.table({"id": ["a"], "text": [ENGLISH * 4], "source": ["s"]}))
+    first, second = str(tmp_path / "run" / "web" / "f0"), str(tmp_path / "run" / "web" / "f1")
+    writer = shards.UnitWriter(first, 0)
+    writer.write(measured.kept)
+    assert measured.measures is not None
+    writer.measure(measured.measures)
+    record = writer.commit(Ledger(rows_in=1, kept=1))
+    shards.copy_unit(first, record, second, 7)
+    manifests = [
+        shards.finish(directory, stage="web", kind="corpus", fingerprint="f", config={}, inputs={}) for directory in (first, second)
+    ]
+    assert [part["sha256"] for part in manifests[0].measures] == [part["sha256"] for part in manifests[1].measures]
+    assert manifests[1].measures[0]["name"].startswith("measures/00000007-")
+    for directory, manifest in zip((first, second), manifests, strict=True):
+        assert pq.read_table(f"{directory}/{manifest.measures[0]['name']}").equals(measured.measures)
+    assert shards.load_manifest(second).measures == manifests[1].measures
