@@ -11,6 +11,8 @@ OPERATORS: dict[str, str] = {
     "extract_html": "operators.text.html:ExtractHtml",
     "fix_text": "operators.text.repair:FixText",
     "normalise_chinese": "operators.text.chinese:NormaliseChinese",
+    "strip_markdown": "operators.text.markdown:StripMarkdown",
+    "strip_latex": "operators.text.latex:StripLatex",
     "strip_boilerplate": "operators.text.boilerplate:StripBoilerplate",
     "detect_language": "operators.text.language:DetectLanguage",
     "chinese_script": "operators.text.chinese_script:ChineseScript",
