@@ -239,7 +239,7 @@ def main() -> None:
             agreements[language] = compare_filters(rows, language, folder)
             figures[language] = {name: one.figures() for name, one in agreements[language].items()}
         chinese = documents("zh", 250 if arguments.quick else None)
-        mostly = _mostly_han(chinese["text"])
+        mostly = mostly_han(chinese["text"])
         figures["zh_documents_of_a_tenth_han"] = {
             name: _without(one, set(chinese["id"].filter(pa.array(~mostly)).to_pylist()), int(mostly.sum()))
             for name, one in agreements["zh"].items()
@@ -255,7 +255,7 @@ def main() -> None:
     measure.publish("corpus.parity", {}, figures, data=data, quick=arguments.quick)
 
 
-def _mostly_han(texts: pa.ChunkedArray) -> np.ndarray:
+def mostly_han(texts: pa.ChunkedArray) -> np.ndarray:
     """bool[texts], a tenth of the characters is Han: those texts are cut by jieba throughout."""
     scripts = Analysis.of(texts).scripts
     return scripts[:, 0] * 10 >= np.maximum(scripts.sum(axis=1), 1)
