@@ -57,8 +57,9 @@ class NgramIndex:
     bits: np.ndarray  # uint64, power of two words
     hashes: np.ndarray  # uint64[anchors], sorted
     first: np.ndarray  # int64[anchors + 1]: the n-grams of each anchor
-    offsets: np.ndarray  # int64[ngrams + 1] into codes
-    codes: np.ndarray  # uint32
+    starts: np.ndarray  # int64[ngrams] into codes
+    ends: np.ndarray  # int64[ngrams]
+    codes: np.ndarray  # uint32, the tokens of all texts, each closed by a zero
     texts: np.ndarray  # int32[ngrams]
     totals: np.ndarray  # int64[texts]
     ids: list[tuple[str, str, str]]
@@ -66,7 +67,7 @@ class NgramIndex:
 
     def ngram(self, entry: int) -> str:
         """The n-gram as normalised text."""
-        codes = self.codes[self.offsets[entry] : self.offsets[entry + 1] - 1].tolist()
+        codes = self.codes[self.starts[entry] : self.ends[entry] - 1].tolist()
         return "".join(" " if code == _END else chr(code) for code in codes)
 
     def find(self, texts: pa.Array | pa.ChunkedArray) -> tuple[Hits, np.ndarray, np.ndarray]:
@@ -76,7 +77,17 @@ class NgramIndex:
         while True:
             out = np.empty((capacity, 4), np.int64)
             found = _scan(
-                data, offsets, code_table(), self.anchor, self.bits, self.hashes, self.first, self.offsets, self.codes, out
+                data,
+                offsets,
+                code_table(),
+                self.anchor,
+                self.bits,
+                self.hashes,
+                self.first,
+                self.starts,
+                self.ends,
+                self.codes,
+                out,
             )
             if found <= capacity:
                 columns = np.ascontiguousarray(out[:found].T)
@@ -92,70 +103,72 @@ def build_index(items: Iterable[tuple[str, str, str, str]], lengths: Lengths, te
     benchmark share are its template ("which of the following statements ...") and left out.
     """
     ids: list[tuple[str, str, str]] = []
-    grams: list[list[bytes]] = []
+    pieces, starts, ends = [np.empty(0, np.uint32)], [np.empty(0, np.int64)], [np.empty(0, np.int64)]
     skipped: Counter[str] = Counter()
+    used = 0
     for benchmark, item, field, text in items:
-        tokens = tokenise(text)
-        unspaced = sum(_is_unspaced(token) for token in tokens) * 2 > len(tokens)
+        codes, bounds = _closed_tokens(text)
+        count = len(bounds) - 1
+        unspaced = int(((code_table()[codes[bounds[:-1]]] & UNSPACED) != 0).sum()) * 2 > count
         n, short = (lengths.characters, lengths.short_characters) if unspaced else (lengths.words, lengths.short_words)
-        if len(tokens) < min(n, short):
+        if count < min(n, short):
             skipped[benchmark] += bool(text.strip())
             continue
-        n = min(n, len(tokens))
-        pieces = [_encode(token) for token in tokens]
+        n = min(n, count)
         ids.append((benchmark, item, field))
-        grams.append(list(dict.fromkeys(b"".join(pieces[i : i + n]) for i in range(len(pieces) - n + 1))))
-    if template_items is not None:
-        grams = _without_templates(ids, grams, template_items)
-    return _pack(lengths.anchor, ids, grams, dict(skipped))
-
-
-def _without_templates(ids: list[tuple[str, str, str]], grams: list[list[bytes]], limit: int) -> list[list[bytes]]:
-    holders: dict[tuple[str, bytes], set[str]] = {}
-    for (benchmark, item, _), own in zip(ids, grams, strict=True):
-        for gram in own:
-            holders.setdefault((benchmark, gram), set()).add(item)
-    return [
-        [gram for gram in own if len(holders[benchmark, gram]) <= limit] for (benchmark, _, _), own in zip(ids, grams, strict=True)
-    ]
-
-
-def _pack(anchor: int, ids: list[tuple[str, str, str]], grams: list[list[bytes]], skipped: dict[str, int]) -> NgramIndex:
-    flat = [np.frombuffer(gram, np.uint32) for own in grams for gram in own]
-    texts = np.repeat(np.arange(len(grams), dtype=np.int32), [len(own) for own in grams])
-    keys = np.array([_anchor_hash(codes, anchor) for codes in flat], np.uint64)
-    order = np.argsort(keys, kind="stable")
-    flat = [flat[i] for i in order]
-    offsets = np.zeros(len(flat) + 1, np.int64)
-    np.cumsum([len(codes) for codes in flat], out=offsets[1:])
-    hashes, first = np.unique(keys[order], return_index=True)
-    words = 1 << max(6, (len(hashes) * 32 // 64).bit_length())
-    bits = np.zeros(words, np.uint64)
-    _set_bits(hashes, bits)
+        pieces.append(codes)
+        starts.append(bounds[: count - n + 1] + used)
+        ends.append(bounds[n:] + used)
+        used += len(codes)
+    sizes = [len(own) for own in starts[1:]]
+    texts = np.repeat(np.arange(len(ids), dtype=np.int32), sizes)
+    codes, first, last = np.concatenate(pieces), np.concatenate(starts), np.concatenate(ends)
+    hashes = _hash_grams(codes, first, last, lengths.anchor)
+    keep = _distinct(texts, hashes, ids, template_items)
+    keep = keep[np.argsort(hashes[keep, 0], kind="stable")]
+    keys, begins = np.unique(hashes[keep, 0], return_index=True)
+    bits = np.zeros(1 << max(6, (len(keys) * 32 // 64).bit_length()), np.uint64)
+    _set_bits(keys, bits)
     return NgramIndex(
-        anchor, bits, hashes, np.append(first, len(flat)).astype(np.int64), offsets,
-        np.concatenate([np.empty(0, np.uint32), *flat]), texts[order], np.array([len(own) for own in grams], np.int64),
-        ids, skipped,
+        lengths.anchor, bits, keys, np.append(begins, len(keep)).astype(np.int64), first[keep], last[keep], codes, texts[keep],
+        np.bincount(texts[keep], minlength=len(ids)), ids, dict(skipped),
     )  # fmt: skip
 
 
-def tokenise(text: str) -> list[str]:
-    """The normalised tokens of one text: a word of a spaced script, or one character of another."""
+def _distinct(texts: np.ndarray, hashes: np.ndarray, ids: list[tuple[str, str, str]], template_items: int | None) -> np.ndarray:
+    """The n-grams to keep, int64: each once in a text, and none that is in more than `template_items` items."""
+    items = np.unique([f"{benchmark}\0{item}" for benchmark, item, _ in ids] or [""], return_inverse=True)[1]
+    benchmarks = np.unique([benchmark for benchmark, _, _ in ids] or [""], return_inverse=True)[1]
+    rows = np.column_stack([texts.astype(np.uint64), hashes[:, 1:]])
+    keep: np.ndarray = np.sort(np.unique(rows, axis=0, return_index=True)[1])
+    if template_items is None or not len(keep):
+        return keep
+    owner = texts[keep]
+    holders = np.column_stack([benchmarks[owner].astype(np.uint64), hashes[keep, 1:], items[owner].astype(np.uint64)])
+    held = np.unique(holders, axis=0)
+    grams, counts = np.unique(held[:, :3], axis=0, return_counts=True)
+    _, codes = np.unique(np.concatenate([grams, holders[:, :3]]), axis=0, return_inverse=True)
+    return keep[counts[codes.reshape(-1)[len(grams) :]] <= template_items]
+
+
+def _closed_tokens(text: str) -> tuple[np.ndarray, np.ndarray]:
+    """(codes uint32 of the tokens, a zero after each; where each token starts, and the end, int64[tokens + 1])."""
     data, offsets = compose(pa.array([text], pa.large_string()))
     size = int(offsets[1] - offsets[0])
     codes, starts = np.zeros(size, np.uint32), np.zeros(size, np.int64)
     n_codes, n_tokens = normalise_row(data, offsets[0], offsets[1], code_table(), WORDS, True, codes, starts)
-    edges = [*starts[:n_tokens].tolist(), n_codes]
-    characters = [chr(code) for code in codes[:n_codes].tolist()]
-    return ["".join(characters[a:b]) for a, b in itertools.pairwise(edges)]
+    bounds = np.append(starts[:n_tokens], n_codes) + np.arange(n_tokens + 1)
+    closed = np.zeros(n_codes + n_tokens, np.uint32)
+    inside = np.ones(len(closed), bool)
+    inside[bounds[1:] - 1] = False
+    closed[inside] = codes[:n_codes]
+    return closed, bounds
 
 
-def _is_unspaced(token: str) -> bool:
-    return bool(code_table()[ord(token[0])] & UNSPACED)
-
-
-def _encode(token: str) -> bytes:
-    return np.array([*map(ord, token), _END], np.uint32).tobytes()
+def tokenise(text: str) -> list[str]:
+    """The normalised tokens of one text: a word of a spaced script, or one character of another."""
+    codes, bounds = _closed_tokens(text)
+    return ["".join(map(chr, codes[a : b - 1].tolist())) for a, b in itertools.pairwise(bounds.tolist())]
 
 
 @nb.njit(inline="always")
@@ -165,17 +178,25 @@ def _finish(h: np.uint64) -> np.uint64:
 
 
 @nb.njit(cache=True, nogil=True)
-def _anchor_hash(codes: np.ndarray, anchor: int) -> np.uint64:
-    total, h, tokens = np.uint64(0), _SEED, 0
-    for code in codes:
-        if code != _END:
-            h = (h ^ np.uint64(code)) * _STEP
-            continue
-        total = total * _STEP + _finish(h)
-        h, tokens = _SEED, tokens + 1
-        if tokens == anchor:
-            break
-    return _finish(total)
+def _hash_grams(codes: np.ndarray, starts: np.ndarray, ends: np.ndarray, anchor: int) -> np.ndarray:
+    """uint64[ngrams, 3]: the hash of the first `anchor` tokens, and two of the whole n-gram."""
+    out = np.empty((len(starts), 3), np.uint64)
+    for gram in range(len(starts)):
+        total, h, tokens = np.uint64(0), _SEED, 0
+        first, second = _SEED, _STEP
+        for i in range(starts[gram], ends[gram]):
+            code = np.uint64(codes[i])
+            first = (first ^ code) * _STEP
+            second = _finish(second + code)
+            if code != 0:
+                h = (h ^ code) * _STEP
+                continue
+            if tokens < anchor:
+                total = total * _STEP + _finish(h)
+            h = _SEED
+            tokens += 1
+        out[gram, 0], out[gram, 1], out[gram, 2] = _finish(total), _finish(first), second
+    return out
 
 
 @nb.njit(cache=True, nogil=True)
@@ -225,14 +246,14 @@ def _ends_at(data: np.ndarray, position: int, end: int, table: np.ndarray, codes
 @nb.njit(cache=True, nogil=True)
 def _probe(
     data: np.ndarray, start: int, end: int, table: np.ndarray, key: np.uint64, hashes: np.ndarray, first: np.ndarray,
-    offsets: np.ndarray, codes: np.ndarray, row: int, begin: int, out: np.ndarray, found: int,
+    starts: np.ndarray, ends: np.ndarray, codes: np.ndarray, row: int, begin: int, out: np.ndarray, found: int,
 ) -> int:  # fmt: skip
     """Write the n-grams with this anchor that do stand at `start`; the new number of hits."""
     at = np.searchsorted(hashes, key)
     if at == len(hashes) or hashes[at] != key:
         return found
     for entry in range(first[at], first[at + 1]):
-        stop = _ends_at(data, start, end, table, codes, offsets[entry], offsets[entry + 1])
+        stop = _ends_at(data, start, end, table, codes, starts[entry], ends[entry])
         if stop >= 0:
             if found < len(out):
                 out[found, 0], out[found, 1], out[found, 2], out[found, 3] = row, entry, start - begin, stop - begin
@@ -243,7 +264,7 @@ def _probe(
 @nb.njit(cache=True, nogil=True)
 def _scan(
     data: np.ndarray, text_offsets: np.ndarray, table: np.ndarray, anchor: int, bits: np.ndarray, hashes: np.ndarray,
-    first: np.ndarray, offsets: np.ndarray, codes: np.ndarray, out: np.ndarray,
+    first: np.ndarray, gram_starts: np.ndarray, gram_ends: np.ndarray, codes: np.ndarray, out: np.ndarray,
 ) -> int:  # fmt: skip
     """Fill `out` int64[capacity, 4] with (row, n-gram, start, end); returns how many there are, even beyond its capacity."""
     leaving, mask = np.uint64(1), np.uint64(len(bits) - 1)
@@ -297,6 +318,8 @@ def _scan(
                     continue
                 key = _finish(total)
                 if (bits[(key >> np.uint64(6)) & mask] >> (key & np.uint64(63))) & np.uint64(1):
-                    found = _probe(data, starts[slot], end, table, key, hashes, first, offsets, codes, row, begin, out, found)
+                    found = _probe(
+                        data, starts[slot], end, table, key, hashes, first, gram_starts, gram_ends, codes, row, begin, out, found
+                    )
             position += width
     return found
