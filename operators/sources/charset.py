@@ -36,13 +36,18 @@ def file_encoding(path: str, read: ReadSettings) -> str:
         name = codecs.lookup(read.encoding).name
         return "gb18030" if name in ("gbk", "gb2312") else name
     head = _head(path)
-    for mark, name in _MARKS:
-        if head.startswith(mark):
-            return name
+    marked = encoding_of_mark(head)
+    if marked:
+        return marked
     lines = [line for line in b"\n".join(_samples(path, head)).split(b"\n") if not line.isascii()]
     if not lines or sum(map(_is_utf8, lines)) >= _UTF8_SHARE * len(lines):
         return "utf-8"
     return decode(b"\n".join(lines), html=False).encoding
+
+
+def encoding_of_mark(head: bytes) -> str | None:
+    """The encoding whose byte order mark the bytes begin with."""
+    return next((name for mark, name in _MARKS if head.startswith(mark)), None)
 
 
 def is_wide(encoding: str) -> bool:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from operators.sources.batches import CONTENT_SCHEMA, TEXT_SCHEMA, BadRow, BatchBuilder, RowRange, SourceBatch, excerpt
+from operators.sources.charset import encoding_of_mark
 from operators.sources.streams import BrokenStream, read_bounded
 from operators.sources.units import ReadSettings, Unit, default_source
 from operators.tables import stable_id
@@ -37,6 +38,9 @@ def _text(data: bytes, read: ReadSettings) -> str:
     if read.encoding != "auto":
         name = codecs.lookup(read.encoding).name
         return data.decode("gb18030" if name in ("gbk", "gb2312") else name).removeprefix("\ufeff")
+    marked = encoding_of_mark(data)
+    if marked:
+        return data.decode(marked).removeprefix("\ufeff")
     found = decode(data, html=False)
     # Bytes with zeros among them that are no UTF-8 are some binary file: every byte has a character in a code page.
     if found.broken or (b"\0" in data and not found.encoding.startswith("utf")):

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import brotli
+import zstandard
 from fastwarc.warc import ArchiveIterator, WarcRecord, WarcRecordType
 
 from cluster import storage
@@ -20,8 +21,10 @@ from operators.tables import stable_id
 _PAGES = WarcRecordType.response | WarcRecordType.resource | WarcRecordType.conversion
 _SEARCH_BYTES = 1 << 20
 _HEADER_OVERHEAD_BYTES = 1 << 20
-_RECORD_START = re.compile(rb"WARC/1\.[01]\r?\n")
-_MEMBER_START = re.compile(rb"\x1f\x8b\x08[\x00-\x1f]")
+_START = re.compile(rb"WARC/1\.[01]\r?\n|\x1f\x8b\x08[\x00-\x1f]|\x28\xb5\x2f\xfd")  # a record, a gzip member, a zstd frame
+_FRAME_MARK, _DICTIONARY_MARK = b"\x28\xb5\x2f\xfd", b"\x5d\x2a\x4d\x18"
+_MEMBER_BYTES = 256 << 10  # zstd gives nothing out before the end of a block, which holds up to 128 KiB
+_MOST_DICTIONARY_BYTES = 16 << 20
 
 
 @dataclass(frozen=True)
@@ -224,13 +227,15 @@ def _records(unit: Unit, kinds: Any) -> Iterator[_Page | _Damage]:
     """Records in file order with the damage between them. Offsets are of the file as it lies on disk."""
     with storage.open_input(unit.path) as stream:
         start, size = 0, unit.size
+        dictionary = _dictionary(stream, size)
+        prefix = b""  # what a reader that starts in the middle must be given first
         damage: _Damage | None = None  # grows until a record is found
         while start < size:
             last = start
             try:
-                tail = io.BufferedReader(_Tail(stream, start), 1 << 20)
+                tail = io.BufferedReader(_Tail(stream, start, prefix), 1 << 20)
                 for record in ArchiveIterator(tail, WarcRecordType.any_type, parse_http=False):
-                    last = start + record.stream_pos
+                    last = start + record.stream_pos - len(prefix)
                     if _declared_bytes(record) is None:
                         raise OSError(f"its Content-Length is {record.headers.get('Content-Length')!r}")
                     if damage is not None:
@@ -241,7 +246,8 @@ def _records(unit: Unit, kinds: Any) -> Iterator[_Page | _Damage]:
                 break
             except OSError as error:
                 # The iterator stops at the record after `last`, or at `last` itself if that one was never delivered.
-                start = _next_start(stream, last + 1, size)
+                prefix = dictionary
+                start = _next_start(stream, last + 1, size, dictionary)
                 first = last if damage is None else damage.start
                 problem = f"no record can be read after the start of the one at byte {first}: {error}"
                 damage = _Damage(first, start, problem if damage is None else damage.problem)
@@ -255,50 +261,71 @@ def _declared_bytes(record: WarcRecord) -> int | None:
 
 
 class _Tail(io.RawIOBase):
-    """A stream from `start` on as a Python file of its own, whose positions count from there."""
+    """A stream from `start` on, with `prefix` before it, as a Python file of its own, whose positions count from there."""
 
-    def __init__(self, stream: Any, start: int) -> None:
-        self._stream, self._start = stream, start
+    def __init__(self, stream: Any, start: int, prefix: bytes = b"") -> None:
+        self._stream, self._start, self._prefix = stream, start, prefix
+        self._position = 0
         stream.seek(start)
 
     def readable(self) -> bool:
         return True
 
-    def seekable(self) -> bool:
-        return True
-
     def readinto(self, buffer: Any) -> int:
-        data = self._stream.read(len(buffer))
+        data = self._prefix[self._position : self._position + len(buffer)] or self._stream.read(len(buffer))
         buffer[: len(data)] = data
+        self._position += len(data)
         return len(data)
 
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        base = {io.SEEK_SET: self._start, io.SEEK_CUR: self._stream.tell(), io.SEEK_END: self._stream.size()}[whence]
-        self._stream.seek(base + offset)
-        return self.tell()
-
     def tell(self) -> int:
-        return int(self._stream.tell()) - self._start
+        return self._position
 
 
-def _next_start(stream: Any, position: int, size: int) -> int:
-    """Where the next record begins at or after `position`: a gzip member that opens with a WARC header, or such a header itself."""
+def _dictionary(stream: Any, size: int) -> bytes:
+    """The frame with the compression dictionary that a .warc.zst file may begin with, empty if there is none.
+
+    IIPC, "WARC zstd compression", version 1.0: a skippable frame 0x184D2A5D.
+    """
+    stream.seek(0)
+    head = stream.read(8)
+    length = int.from_bytes(head[4:], "little")
+    if head[:4] != _DICTIONARY_MARK or length > min(size, _MOST_DICTIONARY_BYTES):
+        return b""
+    return bytes(head + stream.read(length))
+
+
+def _next_start(stream: Any, position: int, size: int, dictionary: bytes) -> int:
+    """Where the next record begins at or after `position`: a compressed member that opens with a WARC header, or such a header."""
     while position < size:
         stream.seek(position)
         data = stream.read(_SEARCH_BYTES)
-        for pattern in (_MEMBER_START, _RECORD_START):
-            for match in pattern.finditer(data):
-                if pattern is _RECORD_START or _opens_record(stream, position + match.start()):
-                    return position + match.start()
+        for match in _START.finditer(data):
+            if match[0].startswith(b"WARC") or _opens_record(stream, position + match.start(), dictionary):
+                return position + match.start()
         if len(data) < _SEARCH_BYTES:
             return size
         position += len(data) - 16  # a start may lie across two blocks
     return size
 
 
-def _opens_record(stream: Any, position: int) -> bool:
+def _opens_record(stream: Any, position: int, dictionary: bytes) -> bool:
     stream.seek(position)
+    data = stream.read(_MEMBER_BYTES)
     try:
-        return zlib.decompressobj(31).decompress(stream.read(4096), 8).startswith(b"WARC/1.")
-    except zlib.error:
+        if data.startswith(b"\x1f"):
+            return zlib.decompressobj(31).decompress(data, 8).startswith(b"WARC/1.")
+        with zstandard.ZstdDecompressor(dict_data=_trained(dictionary)).stream_reader(io.BytesIO(data)) as reader:
+            return bool(reader.read(8).startswith(b"WARC/1."))
+    except (zlib.error, zstandard.ZstdError):
         return False
+
+
+def _trained(frame: bytes) -> zstandard.ZstdCompressionDict | None:
+    """The dictionary in its frame, where it may be compressed itself."""
+    if not frame:
+        return None
+    content = frame[8:]
+    if content.startswith(_FRAME_MARK):
+        with zstandard.ZstdDecompressor().stream_reader(io.BytesIO(content)) as reader:
+            content = reader.read(_MOST_DICTIONARY_BYTES)
+    return zstandard.ZstdCompressionDict(content)

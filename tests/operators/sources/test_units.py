@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +88,22 @@ def test_the_identity_of_a_folder_is_that_of_all_its_files(tmp_path: Path) -> No
     assert [item["relative"] for item in before] == ["weights.safetensors"]
     (tmp_path / "model" / "weights.safetensors").write_bytes(b"v")
     assert file_identities("model", str(tmp_path)) != before
+
+
+def test_a_large_file_is_known_by_samples_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("operators.sources.units.HASHED_FILE_BYTES", 1000)
+    path = tmp_path / "large.jsonl"
+    path.write_bytes(b"x" * 300_000)
+    first, time = file_identities("large.jsonl", str(tmp_path))[0], path.stat().st_mtime_ns
+    for place in (0, 150_000, 299_999):
+        data = bytearray(b"x" * 300_000)
+        data[place] = ord("y")
+        path.write_bytes(data)
+        os.utime(path, ns=(time, time))
+        assert file_identities("large.jsonl", str(tmp_path))[0] != first
+    path.write_bytes(b"x" * 300_000)
+    os.utime(path, ns=(time, time))
+    assert file_identities("large.jsonl", str(tmp_path))[0] == first
 
 
 @pytest.mark.parametrize("limit", [1, 3, 4, 7, 100])

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import brotli
 import pytest
+import zstandard
 
 from tests.operators.sources.reading import Reading, read_all
 
@@ -71,6 +72,34 @@ def test_wet_files_give_text(tmp_path: Path) -> None:
     read = read_all("a.warc.wet.gz", tmp_path)
     assert read.texts == ["纯文本"]
     assert read.reasons == ["invalid_utf8"]
+
+
+def zstd_file(records: list[bytes], dictionary: str) -> bytes:
+    """Each record a frame, after a frame with a dictionary that is `none`, `plain` or `packed`."""
+    plain = zstandard.ZstdCompressor(write_checksum=True)
+    if dictionary == "none":
+        return b"".join(map(plain.compress, records))
+    chance = random.Random(1)
+    trained = zstandard.train_dictionary(2000, [record(i, f"<p>第 {i} 页 {chance.random()}</p>".encode()) for i in range(2000)])
+    content = trained.as_bytes() if dictionary == "plain" else plain.compress(trained.as_bytes())
+    packed = zstandard.ZstdCompressor(dict_data=trained, write_checksum=True)
+    head = (0x184D2A5D).to_bytes(4, "little") + len(content).to_bytes(4, "little") + content
+    return head + b"".join(map(packed.compress, records))
+
+
+@pytest.mark.parametrize("dictionary", ["none", "plain", "packed"])
+def test_zstd_files_are_read_and_read_on_after_damage(tmp_path: Path, dictionary: str) -> None:
+    bodies = [random.Random(number).randbytes(400).hex().encode() for number in range(6)]
+    data = bytearray(zstd_file([record(number, body) for number, body in enumerate(bodies)], dictionary))
+    (tmp_path / "a.warc.zst").write_bytes(data)
+    whole = read_all("a.warc.zst", tmp_path)
+    assert [row["content"] for row in whole.rows] == bodies
+    wound = len(data) - 1300  # every record compresses to about half of 800 characters
+    data[wound : wound + 20] = bytes(20)
+    (tmp_path / "a.warc.zst").write_bytes(data)
+    read = read_all("a.warc.zst", tmp_path)
+    assert read.ids == ["r0", "r1", "r2", "r3", "r5"]
+    assert set(read.reasons) == {"broken_record"}
 
 
 CODINGS = {
