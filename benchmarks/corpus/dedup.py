@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import shutil
 import statistics
+import subprocess
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -111,7 +112,7 @@ def main() -> None:
         for tool in once:
             try:
                 found[tool] = [runs.peer(tool)()]
-            except (RuntimeError, FileNotFoundError) as error:
+            except (RuntimeError, FileNotFoundError, subprocess.TimeoutExpired) as error:
                 figures["unavailable"][tool] = str(error)[-400:]
         for size in sizes:
             figures[f"danlu_{size}mb"] = mine = runs.summary(found[f"danlu_{size}mb"], size)

@@ -36,7 +36,7 @@ _ERRORS = 3.0  # standard errors of a mean over the pairs that an estimate may b
 
 def main() -> None:
     options = arguments(__doc__ or "")
-    megabytes = {"words": 2 if options.quick else 8, "characters": 1 if options.quick else 4}
+    megabytes = {"words": 2 if options.quick else 4, "characters": 1 if options.quick else 2}
     figures: dict[str, Any] = {}
     ratio: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as scratch:
