@@ -63,10 +63,12 @@ class FilterPerplexitySettings(PerplexityLimits):
     model: str | None = Field(
         default=None, description="directory of a causal language model (safetensors), or `@stage` for that of a stage"
     )
-    context: int | None = Field(default=None, ge=2, description="tokens the causal model sees at once; null is all it can")
+    context: int | None = Field(default=None, ge=2, description="tokens the causal model sees at once; null is 1024, or all it can")
     stride: int | None = Field(default=None, ge=1, description="tokens between its windows; null is half the context")
     max_tokens: int | None = Field(default=4096, ge=1, description="tokens of a document the causal model reads, null is all")
-    batch_tokens: int = Field(default=4096, ge=1, description="tokens the causal model works on at once; bounds memory")
+    batch_tokens: int = Field(
+        default=2048, ge=1, description="tokens the causal model works on at once: memory is this x its vocabulary x 4 bytes"
+    )
     device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="where the causal model runs")
     dtype: Literal["float32", "bfloat16", "float16"] = Field(default="float32", description="precision of the causal model")
     thresholds: dict[str, PerplexityLimits] = Field(default={}, description="limits by language code, in place of those for all")

@@ -21,6 +21,8 @@ from cluster import storage
 from operators.tokens.encode import Encoder, TokenizerFiles
 
 _CHARACTERS_A_TOKEN = 16
+_CONTEXT = 1024
+_LOSS_ROWS = 512
 
 
 @dataclass(frozen=True)
@@ -91,14 +93,14 @@ def losses(
     context: int | None = None,
     stride: int | None = None,
     max_tokens: int | None = None,
-    batch_tokens: int = 4096,
+    batch_tokens: int = 2048,
 ) -> tuple[np.ndarray, np.ndarray]:
     """(summed negative log-likelihood in nats float64[texts], predicted tokens int64[texts]).
 
     Of a longer text the first `max_tokens` tokens of its first 16 x `max_tokens` characters are read. The start token is
     never predicted; a model without one does not predict the first token of a text.
     """
-    context = min(context or loaded.context, loaded.context)
+    context = min(context or _CONTEXT, loaded.context)
     stride = min(stride or max(1, context // 2), context - 1)
     if max_tokens is not None:
         texts = pc.utf8_slice_codeunits(texts, 0, _CHARACTERS_A_TOKEN * max_tokens)
@@ -144,7 +146,13 @@ def _run(loaded: Loaded, batch: list[tuple[int, np.ndarray, int]]) -> list[float
         padded[row, : len(tokens)] = tokens
         targets[row, first : len(tokens)] = tokens[first:]
     with torch.inference_mode():
-        logits = loaded.model(torch.from_numpy(padded).to(loaded.device), use_cache=False).logits[:, :-1]
-        wanted = torch.from_numpy(targets[:, 1:]).to(loaded.device)
-        nats = F.cross_entropy(logits.float().transpose(1, 2), wanted, reduction="none", ignore_index=-100)
-        return nats.double().sum(dim=1).cpu().tolist()
+        logits = loaded.model(torch.from_numpy(padded).to(loaded.device), use_cache=False).logits
+        flat = logits.reshape(-1, logits.shape[-1])
+        following = np.full_like(targets, -100)
+        following[:, :-1] = targets[:, 1:]
+        wanted = torch.from_numpy(following.reshape(-1)).to(loaded.device)
+        nats = [  # piece by piece: the logits are by far the largest thing here, and the loss works on a copy
+            F.cross_entropy(flat[begin : begin + _LOSS_ROWS].float(), wanted[begin : begin + _LOSS_ROWS], reduction="none")
+            for begin in range(0, len(wanted), _LOSS_ROWS)
+        ]
+        return torch.cat(nats).double().reshape(len(batch), longest).sum(dim=1).cpu().tolist()

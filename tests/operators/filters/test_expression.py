@@ -126,7 +126,7 @@ row = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(boolean, st.lists(row, min_size=1, max_size=5), st.sampled_from(["drop", "keep"]))
 def test_an_expression_keeps_what_a_slow_evaluator_keeps(expression: str, rows: list[dict[str, Any]], nulls: str) -> None:
     operator = FilterExpression(keep=expression, nulls=nulls)
@@ -215,6 +215,24 @@ def test_what_is_null_is_dropped_by_its_own_reason_or_kept() -> None:
 def test_what_is_no_expression_is_refused_with_its_place(keep: str, message: str) -> None:
     with pytest.raises(SettingsError, match=message):
         FilterExpression(keep=keep)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.one_of(
+        st.text(max_size=30),
+        st.lists(
+            st.sampled_from([*NUMBERS, *STRINGS, "(", ")", "<", "and", "not", "'中'", "3", ",", "in", "[", "]", "\\", "é"]),
+            max_size=9,
+        ).map(" ".join),
+    )
+)
+def test_any_string_is_an_expression_or_a_settings_error(keep: str) -> None:
+    try:
+        operator = FilterExpression(keep=keep)
+    except SettingsError:
+        return
+    assert operator.config.keep == keep
 
 
 def test_a_column_that_is_not_there_is_named_with_its_place_and_the_nearest() -> None:
