@@ -15,12 +15,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from operators.dedup import lines
 from operators.dedup.normalise import UNSPACED, code_table
 from operators.dedup.substring import SubstringOptions, phases_of, stats_of
 from operators.dedup.windows import tokens_of
 from pipelines.stages.cutting import SubstringDedupStage
 from tests.operators.dedup.corpus import context_of, directory_of, write_corpus
-from tests.operators.dedup.cut import cut_spans, documents, run_cut, same_bytes
+from tests.operators.dedup.cut import cut_spans, documents, run_cut, same_bytes, view_without
 
 STANDING = "the quick brown fox jumps over the lazy dog and then sleeps"
 STEHEND = "天地玄黄宇宙洪荒日月盈昃辰宿列张"
@@ -113,6 +114,18 @@ def test_a_text_that_repeats_itself_keeps_one_period(tmp_path: Path) -> None:
         tmp_path, "clean", documents(["tick tock " * 30 + "stop", "嘀嗒" * 30]), phases_of, SubstringOptions(tokens=8)
     )
     assert texts == ["d0:tick tock stop", "d1:嘀嗒"]
+
+
+def test_rows_that_an_earlier_stage_removed_hold_nothing(tmp_path: Path) -> None:
+    rows = [f"{STANDING}\nnull", "eins", f"zwei\n{STANDING}", f"{STANDING}\ndrei {STEHEND}", f"vier {STEHEND}", f"{STEHEND}！"]
+    view = view_without(tmp_path, write_corpus(tmp_path, "web", documents(rows), 3), {"d0", "d1", "d4"})
+    expected = [f"d2:zwei\n{STANDING}", f"d3:drei {STEHEND}", "d5:！"]
+    texts, manifest = run_cut(tmp_path, "spans", view, phases_of, SubstringOptions(tokens=9, partitions=2))
+    assert texts == expected
+    assert manifest.ledger.rows_in == 3
+    assert [(span["ordinal"], span["kept_ordinal"]) for span in cut_spans(str(directory_of(tmp_path, "spans")))] == [(3, 2), (5, 3)]
+    texts, _ = run_cut(tmp_path, "lines", view, lines.phases_of, lines.LineOptions(partitions=2))
+    assert texts == [*expected[:2], f"d5:{STEHEND}！"]
 
 
 def test_marking_leaves_the_text_and_tells_the_bytes(tmp_path: Path) -> None:
