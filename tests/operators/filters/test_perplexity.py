@@ -19,6 +19,7 @@ from operators.config import SettingsError
 from operators.filters.perplexity import FilterPerplexity
 from operators.quality import causal_model
 from operators.text import ngram_model
+from pipelines.stages.corpus import CorpusStage
 from tests.operators.filters.arpa import ARPA
 
 ENGLISH, CHINESE = "The cat sat\nthe cat", "炉火炉火"
@@ -170,6 +171,17 @@ def test_causal_perplexity_is_that_of_transformers_loss(llama: str, context: int
     assert found[3] is None
     for text, value in zip(texts[:3], found[:3], strict=True):
         assert math.log(value) == pytest.approx(plain_loss(llama, text, context, stride), abs=2e-4)
+
+
+def test_a_recipe_may_name_the_model_of_a_stage_or_files_that_enter_its_fingerprint(arpa: str) -> None:
+    read = {"path": "x.jsonl"}
+    stage = CorpusStage.model_validate({"kind": "corpus", "read": read, "operators": [{"filter_perplexity": {"model": "@base"}}]})
+    stage.validate_deep()
+    assert stage.input_names() == ["base"] and stage.files() == ["x.jsonl"]
+    stage = CorpusStage.model_validate(
+        {"kind": "corpus", "read": read, "operators": [{"filter_perplexity": {"kenlm": {"zh": arpa}}}]}
+    )
+    assert stage.input_names() == [] and stage.files() == ["x.jsonl", arpa]
 
 
 def test_causal_perplexity_does_not_depend_on_the_batch_and_is_bounded(llama: str) -> None:
