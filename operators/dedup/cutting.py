@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -255,7 +256,8 @@ def partitions_for(parts: list[shards.Part], given: int | None, share: float) ->
     """Pieces of the key space of about 64 MB, where keys take `share` of the text; depends on the inputs alone."""
     if given is not None:
         return given
-    stored = sum(storage.size(part.path) for part in parts)
+    with ThreadPoolExecutor(32) as pool:  # an object store answers in tens of milliseconds
+        stored = sum(pool.map(lambda part: storage.size(part.path), parts))
     return min(4096, max(1, -(-int(stored * _EXPANSION * share) // (64 << 20))))
 
 
