@@ -7,6 +7,7 @@ which makes ids, and lets whole records be handed to Arrow's parser, which split
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections import Counter
 from collections.abc import Iterator
@@ -206,12 +207,24 @@ def read_csv(unit: Unit, read: ReadSettings, rows: RowRange, batch_rows: int, ba
     yield from read_pieces(unit, read, rows, _pieces(unit, read), batch_rows, batch_bytes, "record at byte")
 
 
+def check_header(unit: Unit, read: ReadSettings) -> None:
+    """Raises SettingsError when the file's header lacks a column that the settings name. A broken file is for the reader."""
+    with contextlib.suppress(BrokenStream):
+        _header(unit, read)
+
+
+def _header(unit: Unit, read: ReadSettings) -> _Layout:
+    layout = _Layout(unit, read)
+    if layout.names:
+        check_columns(pa.schema([(name, pa.large_binary()) for name in layout.names]), read, unit.path)
+    return layout
+
+
 def _pieces(unit: Unit, read: ReadSettings) -> Iterator[Piece | BadRow]:
     broken: BrokenStream | None = None
     try:
-        layout = _Layout(unit, read)
+        layout = _header(unit, read)
         if layout.names:
-            check_columns(pa.schema([(name, pa.large_binary()) for name in layout.names]), read, unit.path)
             columns = wanted_columns(read, layout.names)
             for item in layout.records(layout.header_bytes):
                 if isinstance(item, _Unreadable):

@@ -230,8 +230,13 @@ def _plan(read: ReadSettings, base_directory: str) -> Iterator[Unit]:
 def check_files(read: ReadSettings, base_directory: str) -> None:
     """Look at the first files before a run starts. Raises FileNotFoundError and SettingsError as `plan_units` would."""
     for file in find_files(read.patterns(), base_directory, read.format, read.split)[:_FILES_CHECKED]:
-        if format_of(file.relative, read) == "parquet":
+        kind = format_of(file.relative, read)
+        if kind == "parquet":
             _row_group_cuts(file, read)
+        elif kind in ("csv", "tsv"):
+            from operators.sources.csv import check_header
+
+            check_header(Unit(0, file.path, file.relative, kind, 0, file.size, file.size), read)
 
 
 def _cuts(file: InputFile, kind: str, read: ReadSettings) -> list[tuple[int, int, int]]:

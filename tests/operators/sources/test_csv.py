@@ -116,7 +116,7 @@ FIELD = st.text(st.sampled_from(["a", "文", '"', ",", "\n", "\r", " ", "\x00", 
 ROWS = st.lists(st.tuples(FIELD, FIELD), max_size=15)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(rows=ROWS, always=st.booleans(), ending=st.sampled_from(["\n", "\r\n"]), last=st.booleans(), batch=st.integers(1, 5))
 def test_what_the_csv_module_writes_is_read_back(
     tmp_path_factory: pytest.TempPathFactory, rows: list[tuple[str, str]], always: bool, ending: str, last: bool, batch: int
@@ -134,7 +134,7 @@ def test_what_the_csv_module_writes_is_read_back(
     assert len(set(read.ids)) == len(rows)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(rows=ROWS, unit_bytes=st.integers(1, 60))
 def test_cuts_at_line_ends_change_nothing_where_quotes_hold_none(
     tmp_path_factory: pytest.TempPathFactory, rows: list[tuple[str, str]], unit_bytes: int
@@ -150,7 +150,7 @@ def test_cuts_at_line_ends_change_nothing_where_quotes_hold_none(
     assert cut.rows == whole.rows
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(data=st.text(st.sampled_from(["a", '"', ",", "\n", "\r"]), max_size=60), quoted=st.booleans())
 def test_any_bytes_are_rows_or_bad_rows_and_reading_ends(tmp_path_factory: pytest.TempPathFactory, data: str, quoted: bool) -> None:
     folder = tmp_path_factory.mktemp("csv")

@@ -84,6 +84,7 @@ def test_a_file_of_5_gigabytes_is_cut_and_streamed_in_bounded_memory(tmp_path: P
     assert peak_mib < 900
 
 
+@pytest.mark.slow
 def test_a_file_many_times_larger_than_the_bound_is_streamed(tmp_path: Path) -> None:
     """The same as above in small: a file full of holes whose units are read one after the other."""
     with open(tmp_path / "a.jsonl", "wb") as stream:
