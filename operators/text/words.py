@@ -191,7 +191,7 @@ def _prefix(points, bits, low, high):  # type: ignore[no-untyped-def]
 
 
 @numba.njit(cache=True, nogil=True)
-def _suffix(data, where, points, bits, low, high, units):  # type: ignore[no-untyped-def]
+def _suffix(data, where, points, bits, low, high, digits, units):  # type: ignore[no-untyped-def]
     """Length in characters of the longest suffix that is split off, or 0."""
     last = points[high - 1]
     flags = bits[high - 1]
@@ -216,7 +216,7 @@ def _suffix(data, where, points, bits, low, high, units):  # type: ignore[no-unt
     if last == 0x2026 and high - 2 >= low and points[high - 2] == 0x2026:
         return 2
     # a unit or a currency after a digit
-    for length in range(4, 0, -1):
+    for length in range(4 if digits else 0, 0, -1):
         if high - length - 1 >= low and bits[high - length - 1] & DIGIT:
             if length == 1 and flags & CURRENCY:
                 return 1
@@ -234,8 +234,6 @@ def _suffix(data, where, points, bits, low, high, units):  # type: ignore[no-unt
 @numba.njit(cache=True, nogil=True)
 def _infix(points, bits, low, i, high):  # type: ignore[no-untyped-def]
     """Length in characters of the infix at position `i`, or 0."""
-    if bits[i] & (ALPHA | DIGIT):
-        return 0
     c = points[i]
     if c == 46 and i + 1 < high and points[i + 1] == 46:
         length = 2
@@ -330,11 +328,11 @@ def _spaced(  # type: ignore[no-untyped-def]
     data, where, points, bits, low, high, ends, words, hashes, pieces, first_bytes, last_bytes, units, suffixes
 ):
     """Split one run of non-space characters as spaCy's English tokenizer does: append where each word ends to `ends`."""
-    plain = True
+    plain, digits, dots = True, False, False
     for i in range(low, high):
-        if not bits[i] & ALPHA:
-            plain = False
-            break
+        plain &= (bits[i] & ALPHA) != 0
+        digits |= (bits[i] & DIGIT) != 0
+        dots |= points[i] == 46
     if plain and high - low > 12:  # no exception is that long, no rule splits letters
         ends[words] = high
         return words + 1
@@ -353,7 +351,7 @@ def _spaced(  # type: ignore[no-untyped-def]
                 ends[words] = low
                 words += 1
                 break
-        suffix = _suffix(data, where, points, bits, low + prefix, high, units) if low + prefix < high else 0
+        suffix = _suffix(data, where, points, bits, low + prefix, high, digits, units) if low + prefix < high else 0
         if suffix and low < high - suffix:
             found = _exception_at(data, where, low, high - suffix, hashes, first_bytes, last_bytes)
             if found >= 0:
@@ -378,12 +376,15 @@ def _spaced(  # type: ignore[no-untyped-def]
                     low += pieces[found, k]
                     ends[words] = low
                     words += 1
-        elif plain or _is_url(points, bits, low, high):
+        elif plain or (dots and _is_url(points, bits, low, high)):
             ends[words] = high
             words += 1
         else:
             begin, i = low, low
             while i < high:
+                if bits[i] & (ALPHA | DIGIT) or points[i] == 95:  # most characters of most words: no infix
+                    i += 1
+                    continue
                 infix = _infix(points, bits, low, i, high)
                 if infix and i > begin:
                     ends[words], ends[words + 1] = i, i + infix
