@@ -194,8 +194,8 @@ def tables(
     lines += [f"| {name} | {count} | {share:.1%} |" for name, (count, share) in scripts.items()]
     lines += [
         "",
-        f"| {MIXED} mixed documents, characters of a window | mean error of a share | nine tenths below |",
-        "|---|---|---|",
+        f"| {MIXED} mixed documents: characters of a window | mean error | nine tenths below | documents of one language |",
+        "|---|---|---|---|",
     ]
     for window, found in figures["mixed_documents"].items():
         errors = (found["mean_error"], found["error_90th"], found["error_of_one_language"])

@@ -32,7 +32,7 @@ class LanguageShareSettings(Settings):
     minimum: float = Field(default=0.8, ge=0, le=1, description="least share of the characters in these languages together")
     maximum: dict[str, float] = Field(default={}, description="greatest share by language (`und`: of undetermined windows)")
     threshold: float = Field(default=0.4, ge=0, le=1, description="a window less probable than that is `und`")
-    window: int = Field(default=150, ge=20, description="characters of a window")
+    window: int = Field(default=100, ge=20, description="characters of a window")
     windows: int = Field(default=64, ge=1, le=4096, description="windows per text; shorter texts are read whole")
     model: str | None = Field(default=None, description="path or URI of a fastText model; null is lid.176.ftz")
 
