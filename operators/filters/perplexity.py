@@ -99,11 +99,13 @@ class FilterPerplexity(Filter):
 
     name: ClassVar[str] = "filter_perplexity"
     settings = FilterPerplexitySettings
+    adds = ("perplexity",)
     decide_options = frozenset({"min_perplexity", "max_perplexity", "thresholds", "keep"})
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
-        self.adds = ("perplexity", "perplexity_bucket") if self.config.cutoffs else ("perplexity",)  # type: ignore[misc]
+        if self.config.cutoffs:
+            self.adds = ("perplexity", "perplexity_bucket")  # type: ignore[misc]
         self._limits = {"*": PerplexityLimits(min_perplexity=self.config.min_perplexity, max_perplexity=self.config.max_perplexity)}
         if self.config.kenlm is not None:
             from operators.text import ngram_model
