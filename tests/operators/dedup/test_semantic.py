@@ -168,6 +168,7 @@ TEXTS = [
 ]
 
 
+@pytest.mark.slow
 def test_a_real_model_puts_paraphrases_together_and_other_subjects_apart(minilm: str, tmp_path: Path) -> None:
     embedding = Embedding(minilm, "text", "mean", "", 64, 512, "cpu")
     vectors = Embedder(embedding).embed(TEXTS).astype(np.float32)

@@ -15,12 +15,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from operators.dedup import lines
+from operators.dedup import lines, substring
 from operators.dedup.normalise import UNSPACED, code_table
 from operators.dedup.substring import SubstringOptions, phases_of, stats_of
 from operators.dedup.windows import tokens_of
 from pipelines.stages.cutting import SubstringDedupStage
-from tests.operators.dedup.corpus import context_of, directory_of, write_corpus
+from tests.operators.dedup.corpus import context_of, directory_of, run_here, write_corpus
 from tests.operators.dedup.cut import cut_spans, documents, run_cut, same_bytes, view_without
 
 STANDING = "the quick brown fox jumps over the lazy dog and then sleeps"
@@ -183,10 +183,10 @@ def test_real_texts_lose_the_same_spans_for_any_anchor_and_order(data_pack: Path
     assert len(windows) == len(set(windows))
 
 
-@pytest.mark.usefixtures("ray_cluster")
-def test_the_stage_writes_the_same_bytes_for_any_partitions_and_workers(tmp_path: Path) -> None:
+def test_the_stage_writes_the_same_bytes_for_any_partitions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(substring, "run_phases", run_here)
     rows = [f"{i} {STANDING} {i * 7} {STEHEND if i % 2 else ''}" for i in range(9)]
     source = write_corpus(tmp_path, "in", documents(rows), 3)
-    for name, partitions, workers in (("one", 1, 1), ("two", 4, 2)):
-        SubstringDedupStage(input="in", tokens=8, partitions=partitions).run(context_of(tmp_path, name, {"in": source}, workers))
+    for name, partitions in (("one", 1), ("two", 4)):
+        SubstringDedupStage(input="in", tokens=8, partitions=partitions).run(context_of(tmp_path, name, {"in": source}))
     assert same_bytes(directory_of(tmp_path, "one")) == same_bytes(directory_of(tmp_path, "two"))

@@ -15,6 +15,7 @@ from operators.dedup.keys import document_keys
 from operators.dedup.options import DedupOptions
 from operators.dedup.url import normalise_urls
 from tests.operators.dedup.corpus import directory_of, kept_ids, removed_rows, run_stage, write_corpus
+from tests.operators.dedup.corpus import without_ray as without_ray  # a fixture
 from tests.operators.dedup.cut import documents
 
 SAME = [
@@ -73,7 +74,7 @@ def test_a_row_without_an_address_has_no_key(tmp_path: Path) -> None:
             parse(DedupOptions, wrong, "dedup")
 
 
-@pytest.mark.usefixtures("ray_cluster")
+@pytest.mark.usefixtures("without_ray")
 def test_documents_of_one_address_or_of_one_key_leave_one(tmp_path: Path) -> None:
     table = documents(
         ["a", "b", "c", "d", "e"], url=["http://a.org", None, "https://www.a.org/", None, "http://b.org"], key=[1, 2, None, 2, None]
