@@ -33,7 +33,8 @@ def rows(results: dict[str, dict[str, Any]]) -> Iterator[tuple[str, str, str, st
 
 
 def main() -> None:
-    results = {path.stem: json.loads(path.read_text("utf-8")) for path in sorted(RESULTS.glob("*.json"))}
+    found = [json.loads(path.read_text("utf-8")) for path in sorted(RESULTS.glob("*.json"))]
+    results = {result["benchmark"]: result for result in found}
     table = [("benchmark", "against", "ratio", "goal", ""), *rows(results)]
     widths = [max(len(row[column]) for row in table) for column in range(5)]
     for row in table:
