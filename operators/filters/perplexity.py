@@ -99,7 +99,7 @@ class FilterPerplexity(Filter):
 
     name: ClassVar[str] = "filter_perplexity"
     settings = FilterPerplexitySettings
-    adds = ("perplexity",)
+    adds: tuple[str, ...] = ("perplexity",)  # type: ignore[misc]
     decide_options = frozenset({"min_perplexity", "max_perplexity", "thresholds", "keep"})
 
     def __init__(self, **options: Any) -> None:
