@@ -32,6 +32,7 @@ import pyarrow.parquet as pq
 
 from cluster import storage
 from operators import tables
+from operators.config import SettingsError
 from operators.ledger import Equation, Ledger, merge_stats
 
 MAX_PART_BYTES = 256 << 20
@@ -333,6 +334,12 @@ def parts(directories: Sequence[str]) -> list[Part]:
 def _resolve(directory: str) -> Iterator[tuple[str, int, str | None, int]]:
     manifest = load_manifest(directory)
     if manifest.view is None:
+        if manifest.kind == "export" and manifest.ledger.kept and not manifest.parts:
+            where = manifest.files.get("export", {}).get("path")
+            raise SettingsError(
+                f"stage {manifest.stage} cannot be an input: its rows lie in {where!r} or are JSON Lines; "
+                "an export without `path`, as Parquet, can be"
+            )
         for part in manifest.parts:
             yield storage.join(directory, part["name"]), part["rows"], None, 0
         return

@@ -111,7 +111,7 @@ def write_file(task: Task, report: Report) -> dict[str, Any]:
         raise OSError(f"{name}: writing it ended its process twice ({task.unreadable}); a larger `unit_memory_bytes` may help")
     started, cpu = time.time(), time.process_time()
     schema = _from_text(given["schema"])
-    local = storage.scratch_file(given["directory"])
+    local = storage.scratch_file(given["destination"])  # on the disk where it is to lie
     sink = make_sink(given["format"], local, schema, given["level"])
     rows, counts = 0, dict[str, Any]()
     try:
@@ -202,6 +202,7 @@ def _settle(destination: str, fingerprint: str, written: Sequence[dict[str, Any]
     for name in json.loads(storage.read_bytes(marker))["names"]:
         if name not in names:
             storage.delete(storage.join(destination, name))
+    storage.delete(storage.join(destination, ".scratch"))
     storage.write_bytes(
         marker, _json({"fingerprint": fingerprint, "complete": True, "names": sorted(names), "files": list(written)})
     )

@@ -185,6 +185,9 @@ def test_an_earlier_export_is_replaced_and_a_folder_of_others_is_refused(
     assert len(before) > 1
     assert sorted(path.name for path in (place / "data").iterdir()) == ["part-00000-of-00001.jsonl.zst"]
     assert json.loads((place / "export.json").read_text())["complete"] is True
+    assert sorted(path.name for path in place.iterdir()) == ["data", "export.json"]
+    with pytest.raises(SettingsError, match=r"stage out cannot be an input: its rows lie in "):
+        shards.parts([str(folder / "out" / "p2")])
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("mine")
     with pytest.raises(SettingsError, match=r"no export has written \(notes.txt"):
