@@ -27,6 +27,8 @@ TEXTS = [
     "line\n" * 30,
     "重复的句子。" * 30,
     "😀 emoji \U00020000\u0301",
+    "---\ntitle: x\n---\n# 標題 [連結](http://a.b),好吗?\n```\n[code](x)\n```",
+    "\\documentclass{a}\n\\begin{document}\n\\textbf{中文},公式 $x^2$\n\\end{document}",
     None,
 ]
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -40,6 +42,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "fineweb_quality": {},
     "bad_words": {"action": "mask", "always": ["en"]},
     "redact_pii": {},
+    "normalise_chinese": {"convert": "t2s"},
+    "strip_markdown": {"marks": "drop"},
+    "strip_latex": {"maths": "replace"},
 }
 
 

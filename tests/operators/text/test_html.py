@@ -9,6 +9,7 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
+from operators.config import SettingsError
 from operators.text.html import ExtractHtml, nesting_depth
 
 ENGLISH = "The committee met on Tuesday to discuss the new library, and most of its members agreed with the plan."
@@ -101,6 +102,55 @@ def test_pages_with_too_many_broken_bytes_are_rejected() -> None:
 )
 def test_what_is_no_page_is_rejected_with_a_reason(content: bytes | None, kind: str | None, reason: str) -> None:
     assert extract(content, kind, max_bytes=100)["reason"] == reason
+
+
+ARTICLE = f"""<html><body><nav><a href=/>Home</a> <a href=/a>About</a></nav><div class="post-content"><p>{ENGLISH}</p>
+<p>{CHINESE * 3}</p>
+<table><tr><th>Name</th><th>Age of<br>person</th></tr>
+<tr><td>Bob &amp; Al</td><td>12</td></tr><tr><td>李明</td><td></td></tr></table>
+<pre class="highlight"><code>def f(x):
+    if x &lt; 1:
+        return <span class="k">None</span>
+
+\treturn 2
+</code></pre>
+<div class="highlight"><table><tr><td class="linenos"><pre>1
+2</pre></td><td class="code"><pre>a = 1
+  b = 2</pre></td></tr></table></div>
+<ul><li>{ENGLISH}</li></ul><p>{ENGLISH}</p></div>
+<div class="related"><p><a href=/1>Ten other stories</a></p></div><footer>Terms of use</footer></body></html>"""
+
+
+def test_tables_keep_their_cells_apart_and_code_its_lines_and_indentation() -> None:
+    for extractor in ("danlu", "resiliparse"):
+        text = extract(ARTICLE.encode(), extractor=extractor)["text"]
+        assert "Name | Age of person\nBob & Al | 12\n李明 |" in text, extractor
+        assert "def f(x):\n    if x < 1:\n        return None\n\n\treturn 2" in text, extractor
+        assert "a = 1\n  b = 2" in text, extractor
+    text = extract(ARTICLE.encode())["text"]
+    assert "1\n2" not in text, "line numbers are no code"
+    assert text.startswith(ENGLISH) and text.endswith(ENGLISH)
+    bare = extract(ARTICLE.encode(), tables="drop", code="drop")["text"]
+    assert "Bob" not in bare and "def f" not in bare and ENGLISH in bare and CHINESE in bare
+
+
+def test_tables_that_lay_out_a_page_are_no_data() -> None:
+    cells = f"<td><a href=/>Home</a></td><td><p>{ENGLISH}</p><p>{CHINESE * 3}</p></td>"
+    layout = f"<html><body><table><tr>{cells}</tr></table></body></html>"
+    text = extract(layout.encode())["text"]
+    assert ENGLISH in text and CHINESE in text and "|" not in text
+
+
+def test_justext_cannot_leave_tables_out() -> None:
+    with pytest.raises(SettingsError, match="choose another extractor"):
+        ExtractHtml(extractor="justext", tables="drop")
+
+
+def test_a_marked_article_wins_over_the_page_and_what_follows_its_last_sentence_goes() -> None:
+    teaser = "<p>" + "Another story that has nothing to do with this one, told at length. " + "</p>"
+    body = f"<div class='entry-content'><p>{ENGLISH * 4}</p><p>Tags: library, plan</p></div><div>{teaser}</div>"
+    row = extract(f"<html><body><div>{body}</div></body></html>".encode())
+    assert row["text"] == ENGLISH * 4
 
 
 def test_plain_text_passes_untouched() -> None:
