@@ -109,7 +109,7 @@ def map_part(plan: CutPlan, number: int) -> None:
     options, part = plan.options, plan.parts[number]
     sender = routes.Sender(plan.directory, "anchors", number, 3)
     pending, sizes = list[np.ndarray](), [np.empty(0, np.int64)]
-    ordinals_of, token = [np.empty(0, np.uint64)], 0
+    ordinals_of, near, token = [np.empty(0, np.uint64)], [np.empty((0, 3), np.int64)], 0
 
     def flush() -> None:
         records = np.concatenate([np.empty((0, 3), np.uint64), *pending])
@@ -122,11 +122,12 @@ def map_part(plan: CutPlan, number: int) -> None:
             counts = np.empty(len(offsets) - 1, np.int64)
             capacity = int(offsets[-1] - offsets[0]) // 32 + 64
             while True:
-                out = np.empty((capacity, 3), np.uint64)
-                found = find_anchors(data, offsets, code_table(), options.tokens, options.k, token, counts, out)
-                if found <= capacity:
+                out, close = np.empty((capacity, 3), np.uint64), np.empty((capacity, 3), np.int64)
+                found, spans = find_anchors(data, offsets, code_table(), options.tokens, options.k, token, counts, out, close)
+                if max(found, spans) <= capacity:
                     break
-                capacity = found
+                capacity = max(found, spans)
+            near.append(close[:spans])
             out[:found, 2] |= np.uint64(number) << _PART_SHIFT
             pending.append(out[:found])
             sizes.append(counts)
@@ -142,6 +143,7 @@ def map_part(plan: CutPlan, number: int) -> None:
     ends = np.concatenate([[0], np.cumsum(np.concatenate(sizes))]).astype(np.int64)
     exchange.write_array(plan.directory, exchange.data_path(plan.directory, "ends", number), ends)
     exchange.write_array(plan.directory, exchange.data_path(plan.directory, "rows", number), np.concatenate(ordinals_of))
+    exchange.write_array(plan.directory, exchange.data_path(plan.directory, "near", number), np.concatenate(near))
     exchange.commit(plan.directory, "map", number, {"tokens": token})
 
 
@@ -270,8 +272,11 @@ def join_spans(plan: CutPlan, number: int) -> None:
     row = documents.of(anchors)
     low = np.maximum(documents.ends[row], anchors + options.k - options.tokens)
     high = np.minimum(documents.ends[row + 1], anchors + options.tokens)
-    first, last = np.concatenate([low, windows]), np.concatenate([high, windows + options.tokens])
-    source = np.concatenate([full[:, 1] - (anchors - low).astype(np.uint64), met[:, 1]])
+    near = np.frombuffer(storage.read_bytes(exchange.data_path(plan.directory, "near", number)), np.int64).reshape(-1, 3)
+    close = (near[:, 0] - near[:, 2]).astype(np.uint64) | np.uint64(number) << _PART_SHIFT
+    first = np.concatenate([low, windows, near[:, 0]])
+    last = np.concatenate([high, windows + options.tokens, near[:, 1]])
+    source = np.concatenate([full[:, 1] - (anchors - low).astype(np.uint64), met[:, 1], close])
     spans = joined(documents.of(first), first, last, source)
     exchange.write_array(plan.directory, exchange.data_path(plan.directory, "spans", number), spans)
     sender = routes.Sender(plan.directory, "questions", number, 2)

@@ -144,37 +144,58 @@ def _choose(prefix: np.ndarray, count: int, n: int, k: int, power: np.ndarray, a
 
 @nb.njit(cache=True, nogil=True)
 def find_anchors(
-    data: np.ndarray, offsets: np.ndarray, table: np.ndarray, n: int, k: int, first_token: int, counts: np.ndarray, out: np.ndarray
-) -> int:
-    """Fill `out` uint64[capacity, 3] with (k-gram, context, position) of every anchor; how many there are, even beyond it.
+    data: np.ndarray, offsets: np.ndarray, table: np.ndarray, n: int, k: int, first_token: int, counts: np.ndarray,
+    out: np.ndarray, near: np.ndarray,
+) -> tuple[int, int]:  # fmt: skip
+    """Fill `out` uint64[capacity, 3] with (k-gram, context, position) of the anchors, `near` int64[capacity, 3] with spans
+    (first token, last, tokens to the source before it); how many there are of each, even beyond the capacity.
 
     The context is the hash of all tokens that a window with this anchor can hold, cut at the ends of the text. Positions
-    count tokens from `first_token` on through all texts; `counts` int64[rows] gets the tokens of each.
+    count tokens from `first_token` on through all texts; `counts` int64[rows] gets the tokens of each. An anchor that has
+    k-gram and context of one of the eight before it in its text becomes part of a span instead: a text that repeats
+    itself closely (one letter, millions of times) would have an anchor at every token.
     """
     longest = 0
     for row in range(len(offsets) - 1):
         longest = max(longest, offsets[row + 1] - offsets[row])
     hashes, prefix = np.empty(longest + 1, np.uint64), np.empty(longest + 2, np.uint64)
     anchors, firsts, none = np.empty(longest + 1, np.int64), np.empty(longest + 2, np.int64), np.empty(0, np.int64)
+    grams, contexts = np.empty(8, np.uint64), np.empty(8, np.uint64)
     power = powers(_BASE, 2 * n)
-    found, token = 0, first_token
+    found, spans, token = 0, 0, first_token
     for row in range(len(offsets) - 1):
         count = tokens_of(data, offsets[row], offsets[row + 1], table, hashes, none, none)
         counts[row] = count
         if count >= n:
             _prefix(hashes, count, _BASE, prefix)
             chosen = _choose(prefix, count, n, k, power, anchors, firsts)
+            last, distance = -1, 0  # of the span that grows
             for i in range(chosen):
-                if found < len(out):
-                    at = anchors[i]
-                    low, high = max(0, at + k - n), min(count, at + n)
-                    context = prefix[high] - prefix[low] * power[high - low]
-                    out[found, 0] = _mix(prefix[at + k] - prefix[at] * power[k])
-                    out[found, 1] = _mix(context + np.uint64(at - low) * _OTHER + np.uint64(high - low))
-                    out[found, 2] = token + at
-                found += 1
+                at = anchors[i]
+                low, high = max(0, at + k - n), min(count, at + n)
+                gram = _mix(prefix[at + k] - prefix[at] * power[k])
+                context = prefix[high] - prefix[low] * power[high - low]
+                context = _mix(context + np.uint64(at - low) * _OTHER + np.uint64(high - low))
+                lag = 0
+                for back in range(1, min(i, 8) + 1):
+                    if grams[(i - back) & 7] == gram and contexts[(i - back) & 7] == context:
+                        lag = at - anchors[i - back]
+                        break
+                grams[i & 7], contexts[i & 7] = gram, context
+                if lag == 0:
+                    if found < len(out):
+                        out[found, 0], out[found, 1], out[found, 2] = gram, context, token + at
+                    found += 1
+                    continue
+                if lag != distance or low >= last:
+                    if spans < len(near):
+                        near[spans, 0], near[spans, 2] = token + low, lag
+                    spans += 1
+                last, distance = high, lag
+                if spans <= len(near):
+                    near[spans - 1, 1] = token + high
         token += count
-    return found
+    return found, spans
 
 
 @nb.njit(cache=True, nogil=True)
