@@ -7,15 +7,19 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from operators import shards
 from operators.chain import Chain
+from operators.stage import StageContext
 from operators.text import chinese_script
 from operators.text.chinese_script import ChineseScript
 from operators.text.language import DetectLanguage
 from operators.text.language_share import LanguageShare
+from pipelines.stages.corpus import CorpusStage
 
 ENGLISH = (
     "The committee met on Tuesday to discuss the new library, and most of its members agreed with the plan for the building. "
@@ -131,3 +135,26 @@ def test_a_threshold_by_language_holds_for_that_language_alone() -> None:
     ):
         reason, _ = DetectLanguage(threshold=threshold).decide(rows, scores)
         assert reason.to_pylist() == reasons, threshold
+
+
+def test_a_corpus_stage_writes_scripts_and_shares_and_rejects_by_them(tmp_path: Path, ray_cluster: None) -> None:
+    texts = [ENGLISH, SIMPLIFIED, TRADITIONAL, ENGLISH + SIMPLIFIED * 30, SIMPLIFIED + ENGLISH * 20]
+    lines = "".join(json.dumps({"id": str(i), "text": text}, ensure_ascii=False) + "\n" for i, text in enumerate(texts))
+    (tmp_path / "in.jsonl").write_text(lines, "utf-8")
+    operators = [
+        {"detect_language": {"keep": ["en", "zh"], "threshold": {"zh": 0.3, "*": 0.3}}},
+        {"chinese_script": {"codes": True, "keep": ["Hans"]}},
+        {"language_share": {"maximum": {"en": 0.6}}},
+    ]
+    stage = CorpusStage.model_validate(
+        {"kind": "corpus", "read": {"path": str(tmp_path / "in.jsonl")}, "operators": operators, "measure": "seen"}
+    )
+    directory = str(tmp_path / "run" / "corpus" / "f")
+    stage.run(StageContext("corpus", "corpus", directory, "f", {}, {}, 0, workers=1, base_directory=str(tmp_path)))
+    manifest = shards.load_manifest(directory)
+    kept = pa.concat_tables(
+        [pq.read_table(tmp_path / "run" / "corpus" / "f" / part["name"]) for part in manifest.parts]
+    ).to_pylist()
+    assert [(row["id"], row["lang"], row["script"]) for row in kept] == [("1", "zh-Hans", "Hans"), ("3", "zh-Hans", "Hans")]
+    assert {item["lang"] for item in kept[1]["lang_shares"]} == {"zh", "en"}
+    assert manifest.ledger.rejected == {"chinese_script:script": 1, "language_share:too_much": 2}
