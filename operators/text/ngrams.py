@@ -59,7 +59,7 @@ def measure_grams(first, last, length, size, hashes, sizes, out):  # type: ignor
     for row in range(len(first)):
         most = max(most, last[row] - first[row])
     keys, stamps, counts = np.empty(room(most), np.uint64), np.zeros(room(most), np.int64), np.empty(room(most), np.int64)
-    shared = np.empty(2 * room(most), np.int32)  # the counters
+    shared = np.empty(max(64, 2 * room(most)), np.int32)  # the counters: at least as many as `slots` begins with
     grams, place, power = np.empty(most, np.uint64), np.empty(most + 1, np.int64), np.empty(most, np.uint64)
     own, chosen = np.empty(most, np.int32), np.empty(most, np.int64)
     short = np.empty(64, np.uint64)
