@@ -24,7 +24,7 @@ _END_OF_LINE = b"</s>"
 _LABEL = b"__label__"
 _BASE = np.uint64(0x9E3779B97F4A7C15)
 _CACHED_BYTES = 48  # words up to here are remembered
-_FLOOR = -12.0  # log probability under which a branch of the tree is not followed
+_FLOOR = -11.0  # log probability under which a branch of the tree is not followed
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ class Classifier:
         count = min(count, len(self.labels))
         label, probability = np.full((texts, count), -1, np.int32), np.zeros((texts, count), np.float32)
         slots = 256
-        while slots < 1 << 15 and slots * 16 < int((ends - starts).sum()):
+        while slots < 1 << 14 and slots * 16 < int((ends - starts).sum()):
             slots *= 2
         _predict(
             data, starts, ends, offsets, slots, self._rows, self._output, self._tree, self._buckets, self._bits, self._bucket,
@@ -437,10 +437,10 @@ def _predict(  # type: ignore[no-untyped-def]
 
 
 @numba.njit(cache=True, nogil=True)
-def _dot(a, b):  # type: ignore[no-untyped-def]
+def _dot(matrix, row, vector):  # type: ignore[no-untyped-def]
     total = np.float32(0)
-    for k in range(len(a)):
-        total += a[k] * b[k]
+    for k in range(len(vector)):
+        total += matrix[row, k] * vector[k]
     return total
 
 
@@ -453,7 +453,7 @@ def _descend(hidden, output, tree, scores):  # type: ignore[no-untyped-def]
     for node in range(2 * labels - 2, labels - 1, -1):
         if scores[node] < _FLOOR:
             continue
-        share = np.float32(1.0 / (1.0 + np.exp(-np.float64(_dot(output[node - labels], hidden)))))
+        share = np.float32(1.0 / (1.0 + np.exp(-np.float64(_dot(output, node - labels, hidden)))))
         scores[tree[node - labels, 0]] = scores[node] + np.float32(np.log(np.float64(np.float32(1) - share) + 1e-5))
         scores[tree[node - labels, 1]] = scores[node] + np.float32(np.log(np.float64(share) + 1e-5))
 
@@ -464,7 +464,7 @@ def _soften(hidden, output, scores):  # type: ignore[no-untyped-def]
     labels = len(output)
     highest = np.float32(-np.inf)
     for row in range(labels):
-        scores[row] = _dot(output[row], hidden)
+        scores[row] = _dot(output, row, hidden)
         highest = max(highest, scores[row])
     total = np.float64(0)
     for row in range(labels):
