@@ -73,6 +73,29 @@ def scan(data: np.ndarray, state: int, delimiter: int, quote: int, quoted_newlin
     return count, state
 
 
+@njit(cache=True, nogil=True)
+def count_fields(data: np.ndarray, starts: np.ndarray, delimiter: int, quote: int) -> np.ndarray:
+    """int64[records]: the fields of each record data[starts[i]:starts[i + 1]]; 0 where a quote is not closed in it."""
+    counts = np.ones(len(starts) - 1, np.int64)
+    for record in range(len(starts) - 1):
+        state = _FIELD_START
+        for position in range(starts[record], starts[record + 1]):
+            byte = data[position]
+            if state == _QUOTED:
+                if byte == quote:
+                    state = _QUOTE_IN_QUOTED
+            elif byte == quote and state != _PLAIN:
+                state = _QUOTED
+            elif byte == delimiter:
+                counts[record] += 1
+                state = _FIELD_START
+            elif byte != 10 and byte != 13:
+                state = _PLAIN
+        if state == _QUOTED:
+            counts[record] = 0
+    return counts
+
+
 @dataclass(frozen=True)
 class _Records:
     """Whole records one after the other: record i is data[starts[i]:starts[i + 1]] and stands at `offset + starts[i]`."""
@@ -132,27 +155,20 @@ class _Layout:
             raise SettingsError(f"{self.unit.path}: column {sorted(twice)} stands twice in its header line (read.csv.column_names)")
         return [f"{name}\0{number}" if name in twice else name for number, name in enumerate(names)]
 
-    def _parse(self, handler: object = None) -> pc_csv.ParseOptions:
+    def _parse(self) -> pc_csv.ParseOptions:
         return pc_csv.ParseOptions(
             delimiter=self.delimiter,
             quote_char=self.quote or False,
             double_quote=bool(self.quote),
             newlines_in_values=bool(self.quote),
-            invalid_row_handler=handler,
         )
 
-    def table(self, data: bytes, columns: list[str]) -> tuple[pa.Table, dict[int, int]]:
-        """The records' columns as bytes, and {record: number of fields} of those that have too many or too few."""
-        wrong: dict[int, int] = {}
-
-        def note(row: pc_csv.InvalidRow) -> str:
-            wrong[row.number - 1] = row.actual_columns
-            return "skip"
-
-        table = pc_csv.read_csv(
+    def table(self, data: bytes, columns: list[str]) -> pa.Table:
+        """The columns, as bytes, of records that all have as many fields as there are names."""
+        return pc_csv.read_csv(
             pa.py_buffer(data),
             pc_csv.ReadOptions(column_names=self.names, use_threads=False, block_size=max(len(data) + 1, 1 << 10)),
-            self._parse(note),
+            self._parse(),
             pc_csv.ConvertOptions(
                 column_types={name: pa.large_binary() for name in columns},
                 include_columns=columns,
@@ -160,7 +176,11 @@ class _Layout:
                 check_utf8=False,
             ),
         )
-        return table, wrong
+
+    def fields(self, data: bytes, starts: np.ndarray) -> np.ndarray:
+        """See count_fields."""
+        quote = ord(self.quote) if self.quote else -1
+        return count_fields(np.frombuffer(data, np.uint8), starts, ord(self.delimiter), quote)
 
     def records(self, rows_from: int | None) -> Iterator[_Records | _Unreadable]:
         """Records of the unit's range after the header; with None, from the beginning of the file."""
@@ -180,13 +200,12 @@ class _Layout:
             stop = None if rows_from is None or self.read.csv.quoted_newlines else unit.stop
             yield from _split(self, blocks, begin, stop, begin < start)
 
-    def scan(self, block: bytes, state: int, quoted_newlines: bool | None = None) -> tuple[np.ndarray, int]:
+    def scan(self, block: bytes, state: int) -> tuple[np.ndarray, int]:
         """(positions after record ends, state after the block)."""
-        over_lines = self.read.csv.quoted_newlines if quoted_newlines is None else quoted_newlines
         ends = np.empty(len(block) + 1, np.int64)
         quote = ord(self.quote) if self.quote else -1
         data = np.frombuffer(block, np.uint8)
-        count, state = scan(data, state, ord(self.delimiter), quote, over_lines, ends)
+        count, state = scan(data, state, ord(self.delimiter), quote, self.read.csv.quoted_newlines, ends)
         return ends[:count].copy(), state
 
 
@@ -249,54 +268,35 @@ def _parse(layout: _Layout, records: _Records, columns: list[str]) -> Piece | No
         wanted &= records.offset + starts[:-1] >= layout.header_bytes
     if not wanted.any():
         return None
-    first = int(np.flatnonzero(wanted)[0])  # a header stands before all records
     places = (records.offset + starts[:-1])[wanted]
-    table: pa.Table | None
-    wrong: dict[int, int]
-    try:
-        table, wrong = layout.table(records.data[starts[first] :], columns)
-    except pa.ArrowInvalid:
-        table, wrong = None, {}
-    count = len(places)
-    spans = np.stack([starts[:-1][wanted], starts[1:][wanted]], 1)
-    unclosed = not layout.read.csv.quoted_newlines and layout.scan(records.data, _FIELD_START, quoted_newlines=True)[1] == _QUOTED
-    if table is None or table.num_rows + len(wrong) != count or unclosed:
-        table, wrong = _each(layout, [records.data[start:stop] for start, stop in spans.tolist()], columns)
+    spans = np.stack([starts[:-1], starts[1:]], 1)[wanted]
+    fields = layout.fields(records.data, starts)[wanted]
+    good = fields == len(layout.names)
+    wrong = np.flatnonzero(~good).tolist()
+    first = int(spans[0, 0])  # a header stands before all records
+    data = records.data[first:] if not wrong else b"".join(records.data[start:stop] for start, stop in spans[good].tolist())
+    table = layout.table(data, columns) if good.any() else _no_rows(columns)
+    if table.num_rows != good.sum():
+        raise RuntimeError(
+            f"{layout.unit.path}: Arrow finds {table.num_rows} records after byte {places[0]}, the scan {good.sum()}; "
+            "please report this file"
+        )
     problems = {
-        row: ("bad_csv", f"{fields} fields, the header has {len(layout.names)}")
-        if fields
+        row: ("bad_csv", f"{fields[row]} fields, the header has {len(layout.names)}")
+        if fields[row]
         else ("bad_quotes", "a quote is not closed in its record")
-        for row, fields in wrong.items()
+        for row in wrong
     }
     raw = {row: records.data[spans[row, 0] : spans[row, 1]][: 4 * EXCERPT_CHARACTERS] for row in wrong}
     if wrong:
-        present = np.ones(count, bool)
-        present[list(wrong)] = False
-        indices = pa.array(np.where(present, np.cumsum(present) - 1, 0), mask=~present)
-        table = table.take(indices)
+        table = table.take(pa.array(np.where(good, np.cumsum(good) - 1, 0), mask=~good))
     if layout.encoding != "utf-8" and not layout.wide:
         table = _decoded(layout, table, problems)
     return Piece(places, table, problems, raw)
 
 
-def _each(layout: _Layout, records: list[bytes], columns: list[str]) -> tuple[pa.Table, dict[int, int]]:
-    """As `_Layout.table`, record by record: for the rare chunk in which a quote makes Arrow see other records.
-
-    0 fields stand for a record that is none by itself.
-    """
-    tables, wrong = [], {}
-    for row, record in enumerate(records):
-        try:
-            table, bad = layout.table(record, columns)
-        except pa.ArrowInvalid:
-            table, bad = None, {0: 0}
-        unclosed = layout.scan(record, _FIELD_START, quoted_newlines=True)[1] == _QUOTED
-        if bad or table is None or table.num_rows != 1 or unclosed:
-            wrong[row] = bad.get(0, 0)
-        else:
-            tables.append(table)
-    empty = pa.schema([(name, pa.large_binary()) for name in columns]).empty_table()
-    return pa.concat_tables([empty, *tables]), wrong
+def _no_rows(columns: list[str]) -> pa.Table:
+    return pa.schema([(name, pa.large_binary()) for name in columns]).empty_table()
 
 
 def _decoded(layout: _Layout, table: pa.Table, problems: dict[int, tuple[str, str]]) -> pa.Table:
