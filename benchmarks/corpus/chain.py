@@ -2,8 +2,8 @@
 
 Both sides get the same English documents and the same lid.176.ftz, each in a process of its own environment
 (`peers/fineweb_order.py`), and their decisions and reasons are compared document by document. `vs_datatrove` is the chain
-with language ID, a rejected document going no further; `vs_datatrove_without_language` the four filters; `vs_datatrove_each`
-every filter over every document by itself. Chinese is measured on our side only: datatrove has no C4 for it.
+with language ID, a rejected document going no further; `vs_datatrove_without_language` the four filters; `vs_datatrove_all`
+all filters over every document, rejected or not, words shared on both sides; `vs_datatrove_each` each filter by itself. Chinese is measured on our side only: datatrove has no C4 for it.
 """
 
 from __future__ import annotations
@@ -71,6 +71,7 @@ def main() -> None:
     ratio = {
         "vs_datatrove": seconds["datatrove"]["chain"] / seconds["danlu"]["chain"],
         "vs_datatrove_without_language": seconds["datatrove"]["without_language"] / seconds["danlu"]["without_language"],
+        "vs_datatrove_all": seconds["datatrove"]["all"] / seconds["danlu"]["all"],
         "vs_datatrove_each": sum(seconds["datatrove"]["each"].values()) / sum(seconds["danlu"]["each"].values()),
     }
     figures = {
@@ -81,6 +82,7 @@ def main() -> None:
                 "documents_per_cpu_s": documents / measured["chain"],
                 "mb_per_cpu_s": size / measured["chain"] / 1e6,
                 "documents_per_cpu_s_without_language": documents / measured["without_language"],
+                "documents_per_cpu_s_of_all_filters": documents / measured["all"],
                 "documents_per_cpu_s_of_each": {name: documents / cpu_s for name, cpu_s in measured["each"].items()},
             }
             for tool, measured in seconds.items()
@@ -131,7 +133,7 @@ def _medians(usages: list[Usage]) -> dict[str, Any]:
         return statistics.median(values)
 
     each = {name: median("each", name) for name in usages[0].output["each"]}
-    return {"chain": median("chain"), "without_language": median("without_language"), "each": each}
+    return {**{name: median(name) for name in ("chain", "without_language", "all")}, "each": each}
 
 
 def _agreement(folder: Path) -> tuple[dict[str, float], list[list[str]]]:

@@ -3,8 +3,8 @@
 usage: PYTHON fineweb_order.py TOOL PARQUET MODEL OUT.json
 
 Order: language ID, Gopher repetition, Gopher quality, C4 (without its rule on line ends), FineWeb. Timed are CPU seconds of
-the process: once as a chain, where a rejected document goes no further, with and without language ID, and once each filter
-over every document by itself. Reading, imports and loading of models are not timed, and some documents go through
+the process: once as a chain, where a rejected document goes no further, with and without language ID; once all filters over
+every document, where each tool uses words again that it has; and once each filter over every document by itself. Reading, imports and loading of models are not timed, and some documents go through
 beforehand, so that nothing is compiled or loaded within the measurement. OUT gets the operator and reason of each document.
 """
 
@@ -90,7 +90,7 @@ def danlu(table: pa.Table, model: str, out: str) -> dict[str, Any]:
                 spent[operator.name] = spent.get(operator.name, 0.0) + time.process_time() - start
 
     spent: dict[str, float] = {}
-    _timed(shares, _AT_LEAST_S)
+    result["all"] = _timed(shares, _AT_LEAST_S)
     result["share"] = {name: seconds / sum(spent.values()) for name, seconds in spent.items()}
     ids = table["id"].to_pylist()
     Path(out).write_text(json.dumps({"chain": [decisions.get(id_) for id_ in ids], "each": own}), "utf-8")
@@ -144,6 +144,9 @@ def datatrove(table: pa.Table, model: str, out: str) -> dict[str, Any]:
     decided: list[list[str] | None] = []
     result["chain"] = _timed(lambda: decided.extend(chained(list(filters), texts)))
     result["without_language"] = _timed(lambda: chained(list(filters)[1:], texts))
+    result["all"] = _timed(
+        lambda: [judge(one, Document(text=text, id=id_)) for id_, text in zip(ids, texts, strict=True) for one in filters.values()]
+    )
     for name, one in filters.items():
         split_into_parts.cache_clear()
         own[name] = []
