@@ -3,7 +3,8 @@
 Both sides get the same English documents and the same lid.176.ftz, each in a process of its own environment
 (`peers/fineweb_order.py`), and their decisions and reasons are compared document by document. `vs_datatrove` is the chain
 with language ID, a rejected document going no further; `vs_datatrove_without_language` the four filters; `vs_datatrove_all`
-all filters over every document, rejected or not, words shared on both sides; `vs_datatrove_each` each filter by itself. Chinese is measured on our side only: datatrove has no C4 for it.
+all filters over every document, rejected or not, words shared on both sides; `vs_datatrove_each` each filter by itself.
+Chinese is measured on our side only: datatrove has no C4 for it.
 """
 
 from __future__ import annotations

@@ -4,8 +4,9 @@ usage: PYTHON fineweb_order.py TOOL PARQUET MODEL OUT.json
 
 Order: language ID, Gopher repetition, Gopher quality, C4 (without its rule on line ends), FineWeb. Timed are CPU seconds of
 the process: once as a chain, where a rejected document goes no further, with and without language ID; once all filters over
-every document, where each tool uses words again that it has; and once each filter over every document by itself. Reading, imports and loading of models are not timed, and some documents go through
-beforehand, so that nothing is compiled or loaded within the measurement. OUT gets the operator and reason of each document.
+every document, where each tool uses words again that it has; and once each filter over every document by itself. Reading,
+imports and loading of models are not timed, and some documents go through beforehand, so that nothing is compiled or loaded
+within the measurement. OUT gets the operator and reason of each document.
 """
 
 from __future__ import annotations
