@@ -1,7 +1,8 @@
 """What the Chinese chain keeps of good text and rejects of bad, with Danlu's limits and with FineWeb-2's as published.
 
 Good: running prose of the data pack (encyclopaedia articles; books), and apart from it poems, technical books and translated
-documentation, which hold verse, code and tables. Bad: tests/data/bad_chinese.jsonl (its README tells the making).
+documentation, which hold verse, code and tables. Bad: tests/data/bad_chinese.jsonl (its README tells the making), and the
+navigation of the data pack's news pages.
 
 `--write` puts the table into docs/language.md.
 """
@@ -18,6 +19,7 @@ import pyarrow.parquet as pq
 
 from benchmarks import measure
 from operators.chain import Chain
+from tests.data import make_bad_chinese
 
 DATA = measure.ROOT.parent / "shared" / "data"
 REPORT = measure.ROOT / "docs" / "language.md"
@@ -64,6 +66,7 @@ def main() -> None:
         name: good.filter(pc.equal(sources, source))["text"].to_pylist() for source, name in KINDS.items()
     }
     sets["good: prose"] = good.filter(pc.is_in(sources, pa.array(PROSE)))["text"].to_pylist()
+    bad += [{**row, "kind": f"{row['kind']} of news pages"} for row in make_bad_chinese.from_pages()]
     for kind in dict.fromkeys(row["kind"] for row in bad):
         sets[f"bad: {kind}"] = [row["text"] for row in bad if row["kind"] == kind]
     sets["bad: all"] = [row["text"] for row in bad]
@@ -81,7 +84,7 @@ def main() -> None:
         begin, end = "<!-- chinese -->", "<!-- end of chinese -->"
         head, rest = REPORT.read_text("utf-8").split(begin)
         REPORT.write_text(f"{head}{begin}\n\n{text}\n\n{end}{rest.split(end)[1]}", "utf-8")
-    data = "data pack: corpus/zh.parquet; tests/data/bad_chinese.jsonl"
+    data = "data pack: corpus/zh.parquet; tests/data/bad_chinese.jsonl; html/web"
     measure.publish("corpus.chinese", {}, figures, data=data, quick=arguments.quick)
 
 

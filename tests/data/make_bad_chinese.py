@@ -1,6 +1,7 @@
 """Makes bad_chinese.jsonl: Chinese text that a corpus should not hold, by kind. See README.md.
 
-`python -m tests.data.make_bad_chinese` from a checkout that has the data pack beside it (../shared/data).
+`python -m tests.data.make_bad_chinese` from a checkout that has the data pack beside it (../shared/data). What publishers
+own is never written to the file: `from_pages` cuts it out of the pack's pages each time it is asked for.
 """
 
 # ruff: noqa: E501 (lists of Chinese words, two columns a character)
@@ -21,6 +22,7 @@ from lxml import html
 from operators.text.encoding import declared_charset, decode
 
 HERE = Path(__file__).resolve().parent
+EXAMPLES = HERE.parents[1] / "examples" / "data" / "quality_bad.jsonl"
 PACK = HERE.parents[2] / "shared" / "data"
 _PAGE = "excerpt of a web page's navigation; text of its publisher"
 _OWN = "CC0-1.0"
@@ -132,8 +134,9 @@ def _link_blocks(tree: html.HtmlElement) -> Iterator[list[str]]:
             yield links
 
 
-def _from_pages(draw: random.Random) -> Iterator[dict[str, str]]:
-    """Menus and lists of links, a few lines of each page."""
+def from_pages() -> Iterator[dict[str, str]]:
+    """Menus and lists of links of the data pack's news and portal pages, a few lines of each; for tests in house only."""
+    draw = random.Random(17)
     known: set[str] = set()
     for url, tree in _pages():
         menu: list[str] = []
@@ -148,6 +151,15 @@ def _from_pages(draw: random.Random) -> Iterator[dict[str, str]]:
             if len(taken) >= 8 and text[:40] not in known:
                 known.add(text[:40])
                 yield {"kind": kind, "text": text, "source": url, "license": _PAGE}
+
+
+def _help_pages() -> Iterator[dict[str, str]]:
+    """Menus, lists of links and indexes of real, freely licensed help pages (examples/data/quality_bad.jsonl)."""
+    for line in EXAMPLES.read_text("utf-8").split("\n"):
+        row = json.loads(line) if line else {}
+        if row.get("language") == "zh" and row["source"] in ("menu", "links", "index"):
+            source = f"{row['attribution']} (examples/data/quality_bad.jsonl {row['id']})"
+            yield {"kind": row["source"], "text": row["text"], "source": source, "license": row["license"]}
 
 
 def _written(draw: random.Random) -> Iterator[dict[str, str]]:
@@ -207,7 +219,7 @@ def _garbled(draw: random.Random) -> Iterator[dict[str, str]]:
 
 def main() -> None:
     draw = random.Random(17)
-    rows = [*_from_pages(draw), *_written(draw), *_garbled(draw)]
+    rows = [*_help_pages(), *_written(draw), *_garbled(draw)]
     numbered = [{"id": f"bad-{number:03d}", **row} for number, row in enumerate(rows)]
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in numbered)
     (HERE / "bad_chinese.jsonl").write_text(lines, "utf-8")

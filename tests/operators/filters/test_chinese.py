@@ -15,6 +15,7 @@ import pytest
 from operators.chain import Chain
 from operators.filters.fineweb import FineWebQuality
 from operators.filters.gopher_quality import GopherQuality
+from tests.data import make_bad_chinese
 
 CHAIN = [
     {"detect_language": {"keep": ["zh"]}},
@@ -50,6 +51,13 @@ def test_nine_tenths_of_bad_chinese_text_is_rejected_and_half_of_each_kind(bad: 
     assert len(kept) <= 0.1 * len(bad)
     kinds, missed = Counter(row["kind"] for row in bad), Counter(row["kind"] for row in bad if row["id"] in kept)
     assert all(missed[kind] <= 0.5 * count for kind, count in kinds.items()), missed
+
+
+def test_menus_and_lists_of_links_of_news_pages_are_rejected(data_pack: Path) -> None:
+    rows = list(make_bad_chinese.from_pages())
+    assert len(rows) >= 50
+    result = Chain(CHAIN).run(table([row["text"] for row in rows], [str(number) for number in range(len(rows))]))
+    assert result.kept.num_rows <= 0.1 * len(rows)
 
 
 def test_good_chinese_prose_is_kept(good: pa.Table) -> None:
