@@ -28,7 +28,8 @@ from operators.text.words import class_of
 class FineWebLimits(Settings):
     """Limits of one language; null disables a rule."""
 
-    max_empty: float = Field(default=0, description="not to be changed: texts without a line are dropped", exclude=True)
+    max_empty: ClassVar[float] = 0  # a rule without a choice: texts without a line are dropped
+
     min_line_punctuation: float | None = Field(default=0.12, description="lowest share of lines that end in a sentence's end mark")
     min_sentence_lines: float | None = Field(default=None, description="lowest share of lines that hold `。` or end in an end mark")
     max_short_lines: float | None = Field(default=0.67, description="highest share of lines of at most 30 characters")

@@ -64,7 +64,7 @@ _RULES = (Rule("empty", "empty", "max_empty", True), *(Rule(name, name, f"max_{n
 
 
 class _Limits(GopherRepetitionLimits):
-    max_empty: float = 0
+    max_empty: ClassVar[float] = 0  # a rule without a choice
 
 
 class GopherRepetitionSettings(Settings):

@@ -135,6 +135,7 @@ MESSAGES: dict[str, tuple[str, str]] = {
     "kind.line_dedup": ("line dedup", "行级去重"),
     "kind.substring_dedup": ("substrings", "子串去重"),
     "kind.semantic_dedup": ("by meaning", "语义去重"),
+    "kind.export": ("export", "导出"),
     "kind.score": ("score", "打分"),
     "kind.select": ("select", "筛选"),
     "kind.mix": ("mix", "混合"),
