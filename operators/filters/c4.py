@@ -102,16 +102,16 @@ class C4Quality(Operator):
         """(first line of each text int64[texts + 1], and of each line: its stripped bytes from start to end (int64), what
         becomes of it (int8), whether a citation must be cut out (bool))."""
         config = self.config
-        first = _count_lines(found.data, found.starts, found.ends)
-        start, end = np.empty(first[-1], np.int64), np.empty(first[-1], np.int64)
-        code, cited = np.empty(first[-1], np.int8), np.zeros(first[-1], np.bool_)
         phrases = _phrases(config.lorem_ipsum, config.javascript, config.curly_bracket, config.policy)
         longest = sys.maxsize if config.max_word_characters is None else config.max_word_characters
+        most = int((found.ends - found.starts).sum())  # a line a byte: the pages that are not written are never allocated
+        first = np.zeros(len(found) + 1, np.int64)
+        lines = (np.empty(most, np.int64), np.empty(most, np.int64), np.empty(most, np.int8), np.zeros(most, np.bool_))
         _judge(
-            found.data, found.starts, found.ends, first, unspaced, characters.table(), _digits(), *phrases,
-            longest, config.min_words or 0, config.citations, config.terminal_punctuation, start, end, code, cited,
+            found.data, found.starts, found.ends, unspaced, characters.table(), _digits(), *phrases,
+            longest, config.min_words or 0, config.citations, config.terminal_punctuation, first, *lines,
         )  # fmt: skip
-        return first, start, end, code, cited
+        return first, *(column[: first[-1]] for column in lines)
 
     def _count_sentences(self, found: Analysis, first: np.ndarray, *lines: np.ndarray) -> np.ndarray:
         """int64[texts], sentences in the lines that stay."""
@@ -165,11 +165,16 @@ def _digits() -> np.ndarray:
     return np.array([point for point in range(sys.maxunicode + 1) if unicodedata.category(chr(point)) == "Nd"], np.int32)
 
 
+_GOES_ON, _MAY_END, _MAY_CITE, _MAY_BE_PHRASE = range(4)  # kinds of bytes
+_FREQUENT = b"etaoinsrhldcumfpgywbvkxjqz"  # letters of English text, the most frequent first
+
+
 @functools.cache
 def _phrases(lorem: bool, javascript: bool, bracket: bool, policy: bool) -> tuple[np.ndarray, ...]:
-    """(bytes of all phrases, their offsets, the code of each, for each first byte its phrase or -1, and the next one).
+    """(kind of each byte, bytes of all phrases, their offsets, the code of each, the position of its anchor, for each byte
+    the phrase that it anchors or -1, and the next one).
 
-    Phrases are lower case; one that begins with an ASCII letter is filed under its capital too.
+    A phrase is looked for where its anchor is, its rarest byte. Phrases are lower case; a letter anchors in either case.
     """
     wanted = [(b"lorem ipsum", _LOREM)] * lorem + [(b"javascript", _JAVASCRIPT)] * javascript + [(b"{", _BRACKET)] * bracket
     if policy:
@@ -177,12 +182,22 @@ def _phrases(lorem: bool, javascript: bool, bracket: bool, policy: bool) -> tupl
     data = np.frombuffer(b"".join(phrase for phrase, _ in wanted), np.uint8)
     offsets = np.cumsum([0, *(len(phrase) for phrase, _ in wanted)]).astype(np.int64)
     codes = np.array([code for _, code in wanted], np.int8)
+    anchors = np.array([max(range(len(phrase)), key=lambda k: _rarity(phrase[k])) for phrase, _ in wanted], np.int64)
     by_byte, following = np.full(256, -1, np.int64), np.full(len(wanted), -1, np.int64)
     for number in range(len(wanted) - 1, -1, -1):
-        lead = wanted[number][0][:1]
-        following[number] = by_byte[lead[0]]
-        by_byte[lead[0]] = by_byte[lead.upper()[0]] = number
-    return data, offsets, codes, by_byte, following
+        anchor = wanted[number][0][anchors[number] : anchors[number] + 1]
+        following[number] = by_byte[anchor[0]]
+        by_byte[anchor[0]] = by_byte[anchor.upper()[0]] = number
+    kinds = np.where(by_byte >= 0, _MAY_BE_PHRASE, _GOES_ON).astype(np.uint8)
+    kinds[[*range(10, 14), *range(28, 31), 0xC2, 0xE2]] = _MAY_END
+    kinds[ord("[")] = _MAY_CITE
+    return kinds, data, offsets, codes, anchors, by_byte, following
+
+
+def _rarity(byte: int) -> int:
+    if byte >= 0x80:  # the first byte of a wide character says little, those after it are one in 64
+        return 100 if byte < 0xC0 else 0
+    return _FREQUENT.find(byte) if chr(byte).isalpha() else 50 if byte != 32 else -1
 
 
 @numba.njit(cache=True, nogil=True, inline="always")
@@ -207,28 +222,6 @@ def _point(data, i):  # type: ignore[no-untyped-def]
 def _ends_line(point):  # type: ignore[no-untyped-def]
     """Whether `str.splitlines` splits there."""
     return 10 <= point <= 13 or 28 <= point <= 30 or point == 0x85 or point == 0x2028 or point == 0x2029
-
-
-@numba.njit(cache=True, nogil=True)
-def _count_lines(data, starts, ends):  # type: ignore[no-untyped-def]
-    """Prefix sums int64[texts + 1] of the lines of each text."""
-    out = np.zeros(len(starts) + 1, np.int64)
-    for row in range(len(starts)):
-        lines, begin, i, end = 0, starts[row], starts[row], ends[row]
-        while i < end:
-            byte = data[i]
-            if byte > 30 and byte != 0xC2 and byte != 0xE2:
-                i += 1
-                continue
-            point, step = _point(data, i)
-            i += step
-            if _ends_line(point):
-                if point == 13 and i < end and data[i] == 10:
-                    i += 1
-                lines += 1
-                begin = i
-        out[row + 1] = out[row] + lines + (begin < end)
-    return out
 
 
 @numba.njit(cache=True, nogil=True)
@@ -283,25 +276,23 @@ def _cut_lines(data, start, end, digits, out, offsets):  # type: ignore[no-untyp
 
 
 @numba.njit(cache=True, nogil=True)
-def _worst_phrase(data, start, end, phrases, offsets, codes, by_byte, following):  # type: ignore[no-untyped-def]
-    """The lowest code of a phrase in the bytes (ASCII letters in either case), or 0."""
-    worst = 0
-    for i in range(start, end):
-        number = by_byte[data[i]]
-        while number >= 0:
-            size = offsets[number + 1] - offsets[number]
-            if i + size <= end and (not worst or codes[number] < worst):
-                k = 1
-                while k < size:
-                    byte = data[i + k]
-                    if 65 <= byte <= 90:
-                        byte |= 32
-                    if byte != phrases[offsets[number] + k]:
-                        break
-                    k += 1
-                if k == size:
-                    worst = codes[number]
-            number = following[number]
+def _phrase_at(data, i, start, end, worst, phrases, offsets, codes, anchors, by_byte, following):  # type: ignore[no-untyped-def]
+    """The lowest of `worst`, if it is not 0, and the codes of the phrases between start and end that byte `i` anchors."""
+    number = by_byte[data[i]]
+    while number >= 0:
+        begin, size = i - anchors[number], offsets[number + 1] - offsets[number]
+        if begin >= start and begin + size <= end and (not worst or codes[number] < worst):
+            k = 0
+            while k < size:
+                byte = data[begin + k]
+                if 65 <= byte <= 90:
+                    byte |= 32
+                if byte != phrases[offsets[number] + k]:
+                    break
+                k += 1
+            if k == size:
+                worst = np.int64(codes[number])
+        number = following[number]
     return worst
 
 
@@ -324,56 +315,122 @@ def _has_terminal(data, start, end, unspaced):  # type: ignore[no-untyped-def]
 
 
 @numba.njit(cache=True, nogil=True)
+def _has_long_word(data, start, end, longest, table):  # type: ignore[no-untyped-def]
+    """Whether more than `longest` characters follow each other without white space."""
+    last = start - 1  # a space; where one is in every `longest` bytes, nothing else need be read
+    while last + longest < end:
+        i = last + longest
+        while i > last and data[i] != 32:
+            i -= 1
+        if i == last:
+            break
+        last = i
+    if last + longest >= end:
+        return False
+    run, i = 0, start
+    while i < end:
+        point, step = _point(data, i)
+        run = 0 if class_of(table, point) & SPACE else run + 1
+        if run > longest:
+            return True
+        i += step
+    return False
+
+
+@numba.njit(cache=True, nogil=True)
+def _count_words(data, start, end, most, table):  # type: ignore[no-untyped-def]
+    """Words between white space, up to `most`."""
+    words, inside, i = 0, False, start
+    while i < end and words < most:
+        step, is_space = 1, False
+        if not 32 < data[i] < 0x80:
+            point, step = _point(data, i)
+            is_space = class_of(table, point) & SPACE != 0
+        words += not (is_space or inside)
+        inside = not is_space
+        i += step
+    return words
+
+
+@numba.njit(cache=True, nogil=True)
+def _judge_cut(  # type: ignore[no-untyped-def]
+    data, start, end, unspaced, digits, terminal, phrases, offsets, codes, anchors, by_byte, following
+):
+    """(Whether the line has citations, whether it ends without them as it must, the code of its worst phrase without them.)"""
+    out = np.empty(end - start, np.uint8)
+    size = _cut(data, start, end, digits, out, 0)
+    if size == end - start:
+        return False, False, 0
+    worst = 0
+    for i in range(size):
+        if by_byte[out[i]] >= 0:
+            worst = _phrase_at(out, i, 0, size, worst, phrases, offsets, codes, anchors, by_byte, following)
+    return True, not terminal or _has_terminal(out, 0, size, unspaced), worst
+
+
+@numba.njit(cache=True, nogil=True)
 def _judge(  # type: ignore[no-untyped-def]
-    data, starts, ends, first, unspaced, table, digits, phrases, offsets, codes, by_byte, following,
-    longest, min_words, citations, terminal, start, end, code, cited,
+    data, starts, ends, unspaced, table, digits, kinds, phrases, offsets, codes, anchors, by_byte, following,
+    longest, min_words, citations, terminal, first, start, end, code, cited,
 ):  # fmt: skip
-    scratch = np.empty(0, np.uint8)
+    """Every byte is read once, for the end of the line, citations and phrases; what else decides is read where it may."""
+    line = 0
     for row in range(len(starts)):
         i, stop = starts[row], ends[row]
-        for line in range(first[row], first[row + 1]):
-            begin, finish = i, i  # the line without white space at its ends
-            words = run = longest_run = 0
-            has_bracket, started = False, False
+        while i < stop:
+            begin, finish = i, stop
+            worst, has_bracket = 0, False
             while i < stop:
-                here = i
-                byte = data[i]
-                if 32 < byte < 0x80:
-                    has_bracket |= byte == 91
+                kind = kinds[data[i]]
+                if kind == _GOES_ON:
+                    i += 1
+                elif kind == _MAY_BE_PHRASE:  # no phrase holds the end of a line
+                    worst = _phrase_at(data, i, begin, stop, worst, phrases, offsets, codes, anchors, by_byte, following)
+                    i += 1
+                elif kind == _MAY_CITE:
+                    has_bracket = True
                     i += 1
                 else:
                     point, step = _point(data, i)
+                    if _ends_line(point):
+                        finish = i
+                        i += step
+                        if point == 13 and i < stop and data[i] == 10:
+                            i += 1
+                        break
                     i += step
-                    if class_of(table, point) & SPACE:
-                        run = 0
-                        if _ends_line(point):
-                            if point == 13 and i < stop and data[i] == 10:
-                                i += 1
-                            break
-                        continue
-                if not started:
-                    started, begin = True, here
-                words += run == 0
-                run += 1
-                longest_run = max(longest_run, run)
-                finish = i
-            if not started:
-                begin = finish = i
-            start[line], end[line] = begin, finish
-            low, high, source = begin, finish, data
-            if longest_run > longest and not unspaced[row]:
-                code[line] = _DROP
+            while begin < finish:  # without white space at its ends
+                point, step = _point(data, begin)
+                if not class_of(table, point) & SPACE:
+                    break
+                begin += step
+            while begin < finish:
+                last = finish - 1
+                while (data[last] & 0xC0) == 0x80:
+                    last -= 1
+                point, _ = _point(data, last)
+                if not class_of(table, point) & SPACE:
+                    break
+                finish = last
+            here = line
+            line += 1
+            start[here], end[here] = begin, finish
+            code[here] = _DROP
+            if finish - begin > longest and not unspaced[row] and _has_long_word(data, begin, finish, longest, table):
                 continue
+            cut = False
             if has_bracket and citations:
-                if len(scratch) < finish - begin:
-                    scratch = np.empty(2 * (finish - begin), np.uint8)
-                size = _cut(data, begin, finish, digits, scratch, 0)
-                if size != finish - begin:
-                    cited[line] = True
-                    low, high, source = 0, size, scratch
-            if terminal and not _has_terminal(source, low, high, unspaced[row]):
-                code[line] = _DROP
+                cut, fits, found = _judge_cut(
+                    data, begin, finish, unspaced[row], digits, terminal, phrases, offsets, codes, anchors, by_byte, following
+                )
+                if cut:
+                    cited[here] = True
+                    worst = found
+                    if not fits:
+                        continue
+            if terminal and not cut and not _has_terminal(data, begin, finish, unspaced[row]):
                 continue
+            words = _count_words(data, begin, finish, min_words, table)
             if words < min_words and unspaced[row]:
                 wide = 0
                 k = begin
@@ -382,10 +439,9 @@ def _judge(  # type: ignore[no-untyped-def]
                     wide += (class_of(table, point) & (HAN | KANA | UNSPACED)) != 0
                     k += step
                 words += wide // 2
-            if words < min_words:
-                code[line] = _DROP
-                continue
-            code[line] = _worst_phrase(source, low, high, phrases, offsets, codes, by_byte, following)
+            if words >= min_words:
+                code[here] = worst
+        first[row + 1] = line
 
 
 @numba.njit(cache=True, nogil=True)
