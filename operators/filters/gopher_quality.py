@@ -164,8 +164,9 @@ class GopherQuality(Filter):
 
 @functools.cache
 def _plain_bytes() -> np.ndarray:
-    """bool[256]: ASCII characters that are no white space, line end, full stop or `#`."""
-    return np.array([not (chr(byte).isspace() or chr(byte) in ".#\0") and byte < 0x80 for byte in range(256)], np.bool_)
+    """uint8[256]: 2 for ASCII characters that are no white space, line end, full stop or `#`, 1 for a space, else 0."""
+    plain = [not (chr(byte).isspace() or chr(byte) in ".#\0") and byte < 0x80 for byte in range(256)]
+    return np.array([2 * is_plain + (byte == 32) for byte, is_plain in enumerate(plain)], np.uint8)
 
 
 @numba.njit(cache=True, nogil=True)
@@ -213,7 +214,7 @@ def _measure_text(data, starts, ends, table, plain, first, last, out):  # type: 
         i, end = starts[row], ends[row]
         while i < end:
             byte = np.int32(data[i])
-            if plain[byte]:  # a run of characters that decide nothing but how the line begins
+            if plain[byte] == 2:  # a run of characters that decide nothing but how the line begins, and spaces among them
                 started = True
                 if not opening:
                     opening = byte
