@@ -110,10 +110,10 @@ class FilterPerplexity(Filter):
         if self.config.kenlm is not None:
             from operators.text import ngram_model
 
-            ngram_model.require_kenlm(self.name)
             for name in _by_language(self.config.tokens).values():
                 if not ngram_model.is_tokens_file(name):
                     ngram_model.tokens_of(name)
+            ngram_model.require_kenlm(self.name)
 
     def files(self) -> list[str]:
         from operators.text import ngram_model

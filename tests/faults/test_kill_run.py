@@ -94,6 +94,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return outcome(directory)
 
 
+@pytest.mark.slow
 def test_the_driver_killed_in_each_stage_then_the_same_command_gives_the_same_bytes(
     tmp_path: Path, undisturbed: dict[str, str]
 ) -> None:

@@ -23,7 +23,12 @@ def dataset_of(table: pa.Table, block_rows: int) -> ray.data.Dataset:
 
 
 @pytest.mark.parametrize(
-    "extra", [{}, {"verify": True, "partitions": 3}, {"keep": "longest", "priority": ["test"], "signature": "datasketch"}]
+    "extra",
+    [
+        {"verify": True, "keep": "longest", "priority": ["test"]},
+        pytest.param({}, marks=pytest.mark.slow),
+        pytest.param({"partitions": 3, "signature": "datasketch"}, marks=pytest.mark.slow),
+    ],
 )
 def test_a_dataset_loses_the_rows_that_the_stage_removes(tmp_path: Path, extra: dict[str, Any]) -> None:
     table = documents(15)
