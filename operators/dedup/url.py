@@ -51,7 +51,7 @@ def normalise_urls(urls: pa.Array | pa.ChunkedArray) -> pa.Array:
     scheme = pc.ascii_lower(scheme)
     web = pc.is_in(scheme, pa.array(["", "http", "https"], scheme.type))
     host = _ascii_hosts(pc.utf8_lower(host))
-    host = pc.replace_substring_regex(pc.replace_substring_regex(host, r"\.$", ""), r"^www\.([^.]+\.)", r"\1")
+    host = pc.replace_substring_regex(pc.replace_substring_regex(host, r"\.+$", ""), r"^(?:www\.)+([^.]+\.)", r"\1")
     default = pc.or_(pc.is_in(port, pa.array(["", "80", "443"], port.type)), pc.invert(web))
     port = pc.if_else(pc.and_(default, web), _NOTHING, port)
     port = pc.if_else(pc.equal(port, ""), _NOTHING, _glued(":", port))

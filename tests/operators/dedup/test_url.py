@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pyarrow as pa
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from operators.config import SettingsError, parse
@@ -53,6 +53,7 @@ def test_spellings_of_one_address_become_one_and_different_addresses_stay_apart(
 
 
 @settings(max_examples=300, deadline=None)
+@example(["0..", "www.www.x.org", "www.www.com", ".."])
 @given(
     st.lists(st.one_of(st.text(max_size=30), st.text("ab/.?&=#%2Ff:@wW中é[]", max_size=40).map("http://x.org".__add__)), max_size=5)
 )
