@@ -385,6 +385,13 @@ def read(part: Part, columns: Sequence[str] | None = None, batch_rows: int = 819
             yield pa.array(ordinals + np.uint64(part.first_ordinal)), batch
 
 
+def publish_by_content(scratch: str, directory: str, folder: str, number: int) -> str:
+    """Move a finished Parquet file to `folder/NNNNNNNN-HHHHHHHHHHHH.parquet`; its name relative to the directory."""
+    name = f"{folder}/{number:08d}-{storage.sha256_of(scratch)[:12]}.parquet"
+    storage.publish(scratch, storage.join(directory, name))
+    return name
+
+
 def load_bitmap(part: Part) -> np.ndarray:
     """bool[rows], True = removed."""
     if part.removed is None:

@@ -6,7 +6,6 @@ one unit of the output; rows that lose nothing pass through unchanged.
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -229,11 +228,7 @@ def _examples(table: pa.Table) -> list[dict[str, Any]]:
 def _write(directory: str, number: int, table: pa.Table) -> str:
     scratch = storage.scratch_file(directory)
     pq.write_table(table.combine_chunks(), scratch, compression="zstd")
-    with open(scratch, "rb") as stream:
-        digest = hashlib.file_digest(stream, "sha256").hexdigest()
-    name = f"cut/{number:08d}-{digest[:12]}.parquet"
-    storage.publish(scratch, storage.join(directory, name))
-    return name
+    return shards.publish_by_content(scratch, directory, "cut", number)
 
 
 def finish(context: StageContext, plan: CutPlan, stats: dict[str, Any], timings: dict[str, Any]) -> None:

@@ -6,7 +6,6 @@ A removed row and its match lie in different parts. The ids travel by request: t
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -16,6 +15,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from cluster import storage
+from operators import shards
 from operators.dedup.bands import estimate_similarity
 from operators.dedup.components import EXACT, Removals
 
@@ -166,11 +166,7 @@ def write_table(directory: str, number: int, table: pa.Table) -> str:
     """Write the removed rows of a part; the file's name relative to the directory."""
     scratch = storage.scratch_file(directory)
     pq.write_table(table.combine_chunks(), scratch, compression="zstd")
-    with open(scratch, "rb") as stream:
-        digest = hashlib.file_digest(stream, "sha256").hexdigest()
-    name = f"removed/{number:08d}-{digest[:12]}.parquet"
-    storage.publish(scratch, storage.join(directory, name))
-    return name
+    return shards.publish_by_content(scratch, directory, "removed", number)
 
 
 def telling_rows(path: str, count: int) -> pa.Table:

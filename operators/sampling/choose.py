@@ -7,7 +7,6 @@ write   part -> one removal bitmap for each time the part is read, and the table
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -93,6 +92,7 @@ class Chooser:
                 by = list(self.order.groups)
                 raise ValueError(f"stage {self.context.stage}: more than {MOST_GROUPS} groups by {by}: group by fewer columns")
         self.names = tuple(sorted(totals))
+        self._places = {name: place for place, name in enumerate(self.names)}
         return {name: totals[name] for name in self.names}
 
     def limits(self, targets: np.ndarray) -> Search:
@@ -109,7 +109,7 @@ class Chooser:
 
     def _numbers(self, record: dict[str, Any]) -> np.ndarray:
         """Group numbers of a part's own numbering in the stage's."""
-        return np.array([self.names.index(name) for name in record["names"]], np.int64)
+        return np.array([self._places[name] for name in record["names"]], np.int64)
 
     def write(self, choice: Choice, stats: dict[str, Any]) -> shards.Manifest:
         """Bitmaps, tables of removed rows and the manifest."""
@@ -225,10 +225,7 @@ def _removed_table(directory: str, unit: int, part: Part, removed: np.ndarray, r
                     pa.array([reason] * int(gone.sum())), pa.array(scores[gone], mask=np.isnan(scores[gone])),
                 ]  # fmt: skip
                 writer.write_table(pa.table(columns, schema=REMOVED))
-    digest = storage.sha256_of(scratch)
-    name = f"removed/{unit:08d}-{hashlib.sha256(digest.encode()).hexdigest()[:12]}.parquet"
-    storage.publish(scratch, storage.join(directory, name))
-    return name
+    return shards.publish_by_content(scratch, directory, "removed", unit)
 
 
 def select_stage(
