@@ -22,8 +22,8 @@ import json
 import os
 import resource
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -329,6 +329,30 @@ def parts(directories: Sequence[str]) -> list[Part]:
             found.append(Part(path, rows, ordinal, removed, removed_rows))
             ordinal += rows
     return found
+
+
+def follow(directory: str, waiting: Callable[[], None], first_ordinal: int = 0) -> Iterator[Part | None]:
+    """The parts of a stage in the order of its units, each as soon as it and all before it are committed.
+
+    None means that nothing is there yet; `waiting` is called before each, and raises when nothing will come any more.
+    A finished stage gives its parts at once. Raises SettingsError as `parts` does.
+    """
+    ordinal, unit = first_ordinal, 0
+    given: set[str] = set()
+    while not storage.exists(storage.join(directory, "manifest.json")):
+        record = storage.join(directory, "units", f"{unit:08d}.json")
+        if not storage.exists(record):
+            waiting()
+            yield None
+            continue
+        for part in json.loads(storage.read_bytes(record))["parts"]:
+            given.add(storage.join(directory, part["name"]))
+            yield Part(storage.join(directory, part["name"]), part["rows"], ordinal)
+            ordinal += part["rows"]
+        unit += 1
+    for left in parts([directory]):
+        if left.path not in given:
+            yield replace(left, first_ordinal=first_ordinal + left.first_ordinal)
 
 
 def _resolve(directory: str) -> Iterator[tuple[str, int, str | None, int]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
 
@@ -46,6 +46,7 @@ class StageContext:
     log: Callable[[str], None] = lambda line: None
     cancelled: threading.Event = field(default_factory=threading.Event)
     services: dict[str, Any] = field(default_factory=dict)
+    status: Callable[[str], str] = lambda name: "done"  # of an input stage: running, done, failed or pending
 
     def path(self, written: str) -> str:
         """A path of the recipe as an absolute path or URI."""
@@ -58,6 +59,24 @@ class StageContext:
         if "model" not in files:
             raise SettingsError(f"stage {self.stage}: stage {stage!r} makes no model (it makes {sorted(files)})")
         return storage.join(directory, files["model"])
+
+    def follow(self, names: Sequence[str]) -> Iterator[shards.Part | None]:
+        """Parts of input stages in order; None where the next one is not committed yet (see shards.follow).
+
+        Raises Cancelled when an input stops or fails before its end, or the user stops the run.
+        """
+        ordinal = 0
+        for name in names:
+
+            def waiting(name: str = name) -> None:
+                self.check_cancelled()
+                if self.status(name) in ("failed", "pending"):
+                    raise Cancelled(f"stage {self.stage}: its input {name!r} did not finish")
+
+            for part in shards.follow(self.inputs[name], waiting, ordinal):
+                if part is not None:
+                    ordinal = part.first_ordinal + part.rows
+                yield part
 
     def check_cancelled(self) -> None:
         """Raises Cancelled once the user has asked to stop."""
@@ -93,6 +112,8 @@ class Stage(Settings):
     version: ClassVar[int] = 1
     resource: ClassVar[str] = "cpu"
     operational: ClassVar[frozenset[str]] = frozenset()  # settings that cannot change the result: not in the fingerprint
+
+    follows: ClassVar[bool] = False  # reads its inputs by `context.follow`, so it may start while they are still running
 
     kind: str
 

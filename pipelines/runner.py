@@ -34,9 +34,9 @@ from pipelines.graph import Node, plan
 from pipelines.progress import Display
 from pipelines.recipe import Recipe
 
-#: Stages of one kind of resource run one after the other, so that they do not fight for the same cores. Two stages may
-#: generate at once: an engine serves both in one batch, which costs hardly more than one.
-_AT_ONCE = {"cpu": 1, "generate": 2, "train": 1}
+#: Stages of one kind of resource run one after the other, so that they do not fight for the same cores. Stages that
+#: generate share an engine, which serves all in one batch: that costs hardly more than one, and they may follow each other.
+_AT_ONCE = {"cpu": 1, "generate": 16, "train": 1}
 
 
 class RunError(RuntimeError):
@@ -174,12 +174,21 @@ class Run:
         running = [node.stage.resource for node in self.nodes if self._status[node.name] == "running"]
         found: list[Node] = []
         for node in self.nodes:
-            if self._status[node.name] != "pending" or any(self._status[name] != "done" for name in node.inputs):
+            if self._status[node.name] != "pending" or not all(self._ready(node, name) for name in node.inputs):
                 continue
             if running.count(node.stage.resource) < _AT_ONCE[node.stage.resource]:
                 running.append(node.stage.resource)
                 found.append(node)
         return found
+
+    def _ready(self, node: Node, name: str) -> bool:
+        """True when an input can be read: it is done, or it is being written and the stage follows it.
+
+        A model is not followed, only rows are."""
+        if self._status[name] == "done":
+            return True
+        models: list[str] = getattr(node.stage, "model_stages", list)()
+        return self._status[name] == "running" and node.stage.follows and name not in models
 
     def _feeds_training(self, node: Node) -> bool:
         """True when a training stage waits for this one: its workers can start (a minute of imports) meanwhile."""
@@ -237,6 +246,7 @@ class Run:
             log=lambda line: self.display.stage(node.name, line),
             cancelled=self.cancelled,
             services={"engine": self._services.engine, "train": self._services.train_group},
+            status=lambda name: self._status[name],
         )
 
     def _note_seconds(self, node: Node, seconds: float) -> None:
@@ -298,7 +308,9 @@ class Services:
         """Begin loading engines while the corpus stages run: a start takes minutes and needs no input."""
         for node in pending:
             settings = getattr(node.stage, "generator", None)
-            if settings is not None:
+            if settings is None or settings.model.startswith("@"):
+                continue
+            if not _has_replies(self._run.directory, node.name):  # else all of them may be there: wait for the first that is not
                 self.engine(settings)
 
     def engine(self, settings: Any) -> Any:
@@ -338,6 +350,14 @@ class Services:
         """Give everything back; without `graceful` Ray's end takes it down."""
         if graceful:
             self.stop_unneeded(False, False)
+
+
+def _has_replies(run_directory: str, stage: str) -> bool:
+    """True when the reply cache holds something that this stage has drawn before."""
+    try:
+        return bool(storage.list_files(storage.join(run_directory, ".replies", f"{stage}*.jsonl")))
+    except FileNotFoundError:
+        return False
 
 
 class hold:

@@ -8,22 +8,18 @@ from __future__ import annotations
 
 import threading
 import uuid
-from collections import deque
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 from pydantic import Field
 
 from operators.config import Settings
+from operators.synthesis.endpoint import EndpointEngine, EndpointSettings
 from operators.synthesis.packaged import check_model, model_revision
-from operators.synthesis.requests import Reply, Request
+from operators.synthesis.requests import EngineError, Reply, Request, TextEngine
 
 _POLL_S = 1.0  # a caller is back at its cancel check at least this often
 _MAX_FRUITLESS_STARTS = 3  # engines started in a row without one reply before the run gives up
-
-
-class EngineError(RuntimeError):
-    """The engine could not be started, or died again and again without a reply."""
 
 
 class EngineSettings(Settings):
@@ -50,6 +46,9 @@ class EngineSettings(Settings):
         default=True, description="no compilation and no CUDA graphs: starts faster, generates slower on GPU"
     )
     seed: int = Field(default=0, ge=0, description="seed of the engine itself; every request carries its own")
+    endpoint: EndpointSettings | None = Field(
+        default=None, description="a server with OpenAI's interface that generates instead; `model` is the model's name there"
+    )
 
 
 class Engine:
@@ -88,59 +87,35 @@ class Engine:
         self.start()
         return list(ray.get([replica.ready.remote() for replica in self._replicas], timeout=timeout_s))
 
+    @property
+    def in_flight(self) -> int:
+        """Requests that keep all replicas busy: each has its next batch at hand."""
+        return 4 * self.settings.max_running * self.settings.replicas
+
+    def open(self) -> VllmSession:
+        """A stream of requests and replies of one caller."""
+        self.start()
+        return VllmSession(self)
+
     def generate(self, requests: Sequence[Request], cancelled: threading.Event | None = None) -> Iterator[tuple[int, Reply]]:
         """(index of the request, reply) as they complete, each exactly once.
 
-        When a replica dies a new one is started and only the requests it had in flight are asked again. Closing the
-        iterator, or setting `cancelled`, takes the rest back. Raises EngineError when engines die without a reply.
+        Closing the iterator, or setting `cancelled`, takes the rest back. Raises EngineError.
         """
         if not requests:
             return
-        import ray
-
-        self.start()
-        client = uuid.uuid4().hex
-        waiting = deque(range(len(requests)))
-        flying: list[set[int]] = [set() for _ in self._replicas]
-        handles = list(self._replicas)
-        polls: dict[Any, int] = {}
-        window = 4 * self.settings.max_running  # enough for the engine to always have its next batch at hand
+        session = self.open()
         try:
-            while waiting or any(flying):
-                for slot in sorted(range(len(handles)), key=lambda s: self._load[s]):
-                    share = max(1, -(-len(waiting) // max(1, len(handles))))
-                    batch = [waiting.popleft() for _ in range(min(len(waiting), window - len(flying[slot]), share))]
-                    if batch:
-                        handles[slot] = self._replicas[slot]
-                        handles[slot].submit.remote(client, [(index, requests[index]) for index in batch])
-                        flying[slot].update(batch)
-                        self._adjust(slot, len(batch))
-                    if flying[slot] and slot not in polls.values():
-                        polls[handles[slot].collect.remote(client, _POLL_S)] = slot
-                done, _ = ray.wait(list(polls), timeout=_POLL_S)
+            session.submit(list(enumerate(requests)))
+            left = len(requests)
+            while left:
                 if cancelled is not None and cancelled.is_set():
                     return
-                for poll in done:
-                    slot = polls.pop(poll)
-                    try:
-                        replies = ray.get(poll)
-                    except (ray.exceptions.RayActorError, ray.exceptions.RayTaskError) as death:
-                        self._replace(slot, handles[slot], death)
-                        waiting.extendleft(sorted(flying[slot], reverse=True))
-                        self._adjust(slot, -len(flying[slot]))
-                        flying[slot].clear()
-                        continue
-                    if replies:
-                        self._fruitless = 0
-                    self._adjust(slot, -len(replies))
-                    for index, reply in replies:
-                        flying[slot].discard(index)
-                        yield index, reply
+                for index, reply in session.collect(_POLL_S):
+                    left -= 1
+                    yield index, reply
         finally:
-            for slot, left in enumerate(flying):
-                if left:
-                    self._adjust(slot, -len(left))
-                    handles[slot].abort.remote(client)
+            session.close()
 
     def stop(self) -> None:
         """End the actors and their processes; the engine can be started again."""
@@ -186,8 +161,85 @@ class Engine:
         return actor.remote(settings, self.cache_directory)
 
 
-def start_engine(settings: EngineSettings, cache_directory: str) -> Engine:
-    """An engine whose replicas are loading. Ray must be initialised. Raises packaged.ModelError before anything starts."""
-    engine = Engine(settings, cache_directory)
+class VllmSession:
+    """Requests of one caller at the replicas of an engine (see requests.EngineSession).
+
+    A request goes to the replica with the fewest under way. When a replica dies a new one is started and only the
+    requests it had in flight are asked again.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._client = uuid.uuid4().hex
+        self._handles = list(engine._replicas)
+        self._flying: list[dict[int, Request]] = [{} for _ in self._handles]
+        self._polls: dict[Any, int] = {}
+
+    def submit(self, requests: Sequence[tuple[int, Request]]) -> None:
+        engine = self._engine
+        order = sorted(range(len(self._handles)), key=lambda slot: engine._load[slot])
+        for place, slot in enumerate(order):
+            share = list(requests[place :: len(order)])
+            if share:
+                self._handles[slot] = engine._replicas[slot]
+                self._handles[slot].submit.remote(self._client, share)
+                self._flying[slot].update(share)
+                engine._adjust(slot, len(share))
+
+    def collect(self, timeout_s: float) -> list[tuple[int, Reply]]:
+        import ray
+
+        for slot, flying in enumerate(self._flying):
+            if flying and slot not in self._polls.values():
+                self._polls[self._handles[slot].collect.remote(self._client, _POLL_S)] = slot
+        if not self._polls:
+            return []
+        done, _ = ray.wait(list(self._polls), timeout=timeout_s)
+        found: list[tuple[int, Reply]] = []
+        for poll in done:
+            slot = self._polls.pop(poll)
+            try:
+                replies = ray.get(poll)
+            except (ray.exceptions.RayActorError, ray.exceptions.RayTaskError) as death:
+                self._engine._replace(slot, self._handles[slot], death)
+                lost = sorted(self._flying[slot].items())
+                self._engine._adjust(slot, -len(lost))
+                self._flying[slot].clear()
+                self.submit(lost)
+                continue
+            if replies:
+                self._engine._fruitless = 0
+            self._engine._adjust(slot, -len(replies))
+            for index, reply in replies:
+                del self._flying[slot][index]
+                found.append((index, reply))
+        return found
+
+    def close(self) -> None:
+        for slot, left in enumerate(self._flying):
+            if left:
+                self._engine._adjust(slot, -len(left))
+                self._handles[slot].abort.remote(self._client)
+                left.clear()
+
+
+def check_engine(settings: EngineSettings) -> None:
+    """Raises packaged.ModelError unless the model can be found; a stage's model and a server are not looked for here."""
+    if settings.endpoint is None and not settings.model.startswith("@"):
+        check_model(settings.model)
+
+
+def engine_revision(settings: EngineSettings, cache_directory: str) -> str:
+    """What names the model behind the settings in keys of the reply cache. Starts nothing."""
+    if settings.endpoint is not None:
+        return settings.endpoint.revision_of(settings.model)
+    return model_revision(settings.model, cache_directory)
+
+
+def start_engine(settings: EngineSettings, cache_directory: str) -> TextEngine:
+    """An engine that is loading; a vLLM engine needs Ray initialised. Raises packaged.ModelError before anything starts."""
+    engine: TextEngine = (
+        EndpointEngine(settings.model, settings.endpoint) if settings.endpoint is not None else Engine(settings, cache_directory)
+    )
     engine.start()
     return engine

@@ -15,10 +15,9 @@ needs `min_margin`, so ties never become pairs.
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from pydantic import Field
@@ -26,7 +25,7 @@ from pydantic import Field
 from operators import tables
 from operators.config import Settings
 from operators.synthesis import heuristics, prompts
-from operators.synthesis.generator import Generator
+from operators.synthesis.flow import Flow, ask_all
 from operators.synthesis.novelty import rouge_l, rouge_l_matrix
 from operators.synthesis.requests import Messages, Reject, Reply, Request, SamplingSettings, request_seed
 from operators.synthesis.rows import Account, Provenance
@@ -109,52 +108,48 @@ def choose(scored: Sequence[Scored], min_margin: float) -> tuple[Scored, Scored,
     return scored[best], scored[worst], margin
 
 
-def make_pairs(
-    found: Sequence[PreferencePrompt], settings: PreferenceSettings, generator: Generator, model: str, seed: int
-) -> tuple[Account, dict[str, Any]]:
-    """(account of PREFERENCES rows and rejected prompts, statistics) for a batch of prompts."""
+def pair_flow(
+    prompt: PreferencePrompt, settings: PreferenceSettings, revision: str, model: str, seed: int
+) -> tuple[int, Flow[Account]]:
+    """(most completion tokens, flow) that draws the samples of one prompt and makes a pair of them, or a reject."""
+    return settings.samples * settings.sampling.max_tokens, _pair(prompt, settings, revision, model, seed)
+
+
+def _pair(prompt: PreferencePrompt, settings: PreferenceSettings, revision: str, model: str, seed: int) -> Flow[Account]:
     account = Account("preferences")
-    margins: Counter[str] = Counter()
-    requests = [
-        Request(_messages(prompt, settings), settings.sampling, request_seed(seed, "preferences", prompt.id, sample), sample)
-        for prompt in found
-        for sample in range(settings.samples)
-    ]
-    replies = generator.ask(requests)
-    for place, prompt in enumerate(found):
-        drawn = replies[place * settings.samples : (place + 1) * settings.samples]
-        text = "\n\n".join(content for _, content in prompt.messages)
-        answered = [reply for reply in drawn if reply is not None]
-        if len(answered) < settings.samples:
-            account.reject(prompt.id, text, Reject("token_cap"), created=False)
-            continue
-        if any(reply.finish_reason == "prompt_too_long" for reply in answered):
-            account.reject(prompt.id, text, Reject("prompt_too_long", answered[0].prompt_tokens), created=False)
-            continue
-        scored = score_samples(prompt, answered, settings)
-        pair = choose(scored, settings.min_margin)
-        if isinstance(pair, Reject):
-            shown = json.dumps({"prompt": text, "samples": [sample.__dict__ for sample in scored]}, ensure_ascii=False)
-            account.reject(prompt.id, shown, pair, created=False)
-            continue
-        best, worst, margin = pair
-        margins[f"{int(margin * 10) / 10:.1f}"] += 1
-        template = prompts.load("answer", prompt.lang, settings.prompts)
-        provenance = Provenance(
-            model, generator.revision, [template], {"answer": settings.sampling}, seed, [prompt.id], "preference", 0
-        )  # fmt: skip
-        row = {
-            "id": tables.stable_id("preferences", seed, prompt.id),
-            "prompt": [{"role": role, "content": content} for role, content in prompt.messages],
-            "chosen": [{"role": "assistant", "content": best.text}],
-            "rejected": [{"role": "assistant", "content": worst.text}],
-            "margin": margin,
-            "lang": prompt.lang,
-            "provenance": provenance.to_row(),
-        }
-        example = {"prompt": text, "chosen": best.text, "rejected": worst.text, "margin": margin}
-        account.keep(row, "preference", example, created=False)
-    return account, {"pairs": account.ledger.kept, "margins": dict(sorted(margins.items())), **account.stats()}
+    text = "\n\n".join(content for _, content in prompt.messages)
+    answered = yield from ask_all(
+        [
+            Request(_messages(prompt, settings), settings.sampling, request_seed(seed, "preferences", prompt.id, sample), sample)
+            for sample in range(settings.samples)
+        ]
+    )
+    unanswered = next((reply.unanswered for reply in answered if reply.unanswered), None)
+    if unanswered is not None:
+        account.reject(prompt.id, text, unanswered, created=False)
+        return account
+    scored = score_samples(prompt, answered, settings)
+    pair = choose(scored, settings.min_margin)
+    if isinstance(pair, Reject):
+        shown = json.dumps({"prompt": text, "samples": [sample.__dict__ for sample in scored]}, ensure_ascii=False)
+        account.reject(prompt.id, shown, pair, created=False)
+        return account
+    best, worst, margin = pair
+    template = prompts.load("answer", prompt.lang, settings.prompts)
+    provenance = Provenance(model, revision, [template], {"answer": settings.sampling}, seed, [prompt.id], "preference", 0)
+    row = {
+        "id": tables.stable_id("preferences", seed, prompt.id),
+        "prompt": [{"role": role, "content": content} for role, content in prompt.messages],
+        "chosen": [{"role": "assistant", "content": best.text}],
+        "rejected": [{"role": "assistant", "content": worst.text}],
+        "margin": margin,
+        "lang": prompt.lang,
+        "provenance": provenance.to_row(),
+    }
+    example = {"prompt": text, "chosen": best.text, "rejected": worst.text, "margin": margin}
+    account.keep(row, "preference", example, created=False)
+    account.extra = {"pairs": 1, "margins": {f"{int(margin * 10) / 10:.1f}": 1}}
+    return account
 
 
 def _messages(prompt: PreferencePrompt, settings: PreferenceSettings) -> Messages:

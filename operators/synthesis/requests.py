@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from pydantic import Field
 
@@ -13,14 +15,15 @@ Messages = tuple[tuple[str, str], ...]
 """(role, content) pairs. A last message of role `assistant` is continued by the model rather than answered."""
 
 PROMPT_TOO_LONG = "prompt_too_long"
+REFUSED = "refused"
 
 
 class SamplingSettings(Settings):
     """How a reply is drawn."""
 
     temperature: float = Field(default=0.7, ge=0, le=5, description="0 is greedy decoding")
-    top_p: float = Field(default=1.0, gt=0, le=1, description="nucleus sampling: smallest set of tokens with this probability")
-    top_k: int = Field(default=0, ge=0, description="only the k likeliest tokens; 0 = all")
+    top_p: float = Field(default=1.0, gt=0, le=1, description="smallest set of tokens with this probability is drawn from")
+    top_k: int = Field(default=0, ge=0, description="draw from this many likeliest tokens; 0 = all")
     presence_penalty: float = Field(
         default=0.0, ge=-2, le=2, description="subtracted from the logit of every token already generated"
     )
@@ -32,18 +35,22 @@ class SamplingSettings(Settings):
 
 @dataclass(frozen=True)
 class Request:
-    """One reply to draw. `seed` is its own random seed, so a reply does not depend on which requests run beside it."""
+    """One reply to draw. `seed` is its own random seed, so a reply does not depend on which requests run beside it.
+
+    With `json_schema` (JSON text) the engine lets the model write nothing but JSON that fits the schema.
+    """
 
     messages: Messages
     sampling: SamplingSettings
     seed: int
     sample: int = 0  # number of this sample among several of one prompt
+    json_schema: str | None = None
 
     def key(self, revision: str) -> str:
         """32 hex digits that name the reply: model revision (weights, tokenizer and chat template, hence the rendered
-        prompt is a function of it and the messages), messages, sampling settings, seed and sample number."""
+        prompt is a function of it and the messages), messages, sampling settings, schema, seed and sample number."""
         digest = hashlib.blake2b(digest_size=16)
-        pieces = [revision, self.sampling.model_dump_json(), str(self.seed), str(self.sample)]
+        pieces = [revision, self.sampling.model_dump_json(), self.json_schema or "", str(self.seed), str(self.sample)]
         for piece in [*pieces, *(text for message in self.messages for text in message)]:
             data = piece.encode("utf-8", "surrogatepass")
             digest.update(len(data).to_bytes(8, "little"))
@@ -53,16 +60,29 @@ class Request:
 
 @dataclass(frozen=True)
 class Reply:
-    """`finish_reason`: `stop`, `length` (cut at max_tokens or at the model's length) or `prompt_too_long`."""
+    """What came back.
+
+    `finish_reason`: `stop`, `length` (cut at max_tokens or at the model's length), `prompt_too_long`, or `refused` (a
+    server will not answer this request, whenever it is asked; `text` says why).
+    `cached_tokens`: prompt tokens that the engine did not have to compute, because an earlier prompt began alike.
+    """
 
     text: str
     finish_reason: str
     prompt_tokens: int
     completion_tokens: int
+    cached_tokens: int = 0
 
     @property
     def truncated(self) -> bool:
         return self.finish_reason == "length"
+
+    @property
+    def unanswered(self) -> Reject | None:
+        """Why there is nothing to parse, if there is not: the prompt was too long, or the server refuses it."""
+        if self.finish_reason == PROMPT_TOO_LONG:
+            return Reject(PROMPT_TOO_LONG, self.prompt_tokens)
+        return Reject(REFUSED, detail=self.text) if self.finish_reason == REFUSED else None
 
 
 @dataclass(frozen=True)
@@ -72,6 +92,45 @@ class Reject:
     reason: str
     value: float | None = None
     detail: str | None = None
+
+
+class EngineSession(Protocol):
+    """One caller's stream of requests and replies. Not thread-safe; each caller opens its own."""
+
+    def submit(self, requests: Sequence[tuple[int, Request]]) -> None:
+        """Send requests, each with the caller's own number for it. Returns without waiting for replies."""
+
+    def collect(self, timeout_s: float) -> list[tuple[int, Reply]]:
+        """Replies that have come, in any order, each once; waits up to `timeout_s` for the first. May be empty.
+
+        Raises EngineError when replies can no longer come.
+        """
+
+    def close(self) -> None:
+        """Take back what is still outstanding. May be called twice."""
+
+
+class TextEngine(Protocol):
+    """Where replies come from. `open` may be called by several threads at once."""
+
+    @property
+    def revision(self) -> str:
+        """What names the model behind: another model, tokenizer or chat template has another revision."""
+
+    @property
+    def in_flight(self) -> int:
+        """How many requests a caller should keep outstanding, so that the engine always has its next batch at hand."""
+
+    def open(self) -> EngineSession: ...
+
+    def start(self) -> None:
+        """Begin loading, if there is something to load; returns at once."""
+
+    def stop(self) -> None: ...
+
+
+class EngineError(RuntimeError):
+    """The engine could not be started or reached, or died again and again without a reply."""
 
 
 def request_seed(run_seed: int, *key: str | int) -> int:

@@ -11,7 +11,7 @@ from typing import Any
 import pyarrow as pa
 
 from operators import tables
-from operators.ledger import Ledger
+from operators.ledger import Ledger, merge_stats
 from operators.synthesis.prompts import Prompt
 from operators.synthesis.requests import Reject, SamplingSettings
 
@@ -79,6 +79,18 @@ class Account:
     languages: Counter[str] = field(default_factory=Counter)
     operations: Counter[str] = field(default_factory=Counter)
     examples: list[dict[str, Any]] = field(default_factory=list)
+    extra: dict[str, Any] = field(default_factory=dict)  # further statistics of the method; merged by ledger.merge_stats
+
+    def merge(self, other: Account) -> None:
+        """Add another account of the same operator, after this one's rows."""
+        self.rows += other.rows
+        self.rejects += other.rejects
+        self.ledger.add(other.ledger)
+        self.novelty.update(other.novelty)
+        self.languages.update(other.languages)
+        self.operations.update(other.operations)
+        self.examples += other.examples[: max(0, _EXAMPLES - len(self.examples))]
+        merge_stats(self.extra, other.extra)
 
     def keep(self, row: dict[str, Any], operation: str, example: dict[str, Any] | None = None, created: bool = True) -> None:
         """Keep a row; `created` is False for a row that came in."""
@@ -108,4 +120,8 @@ class Account:
 
     def stats(self) -> dict[str, Any]:
         counters = {"novelty": self.novelty, "languages": self.languages, "operations": self.operations}
-        return {**{name: dict(sorted(counter.items())) for name, counter in counters.items()}, "examples": self.examples}
+        return {
+            **{name: dict(sorted(counter.items())) for name, counter in counters.items()},
+            "examples": self.examples,
+            **self.extra,
+        }

@@ -105,7 +105,7 @@ def test_a_stopped_run_asks_only_for_what_it_had_not_received(tmp_path: Path) ->
     ours = generator(second, str(tmp_path))
     replies = ours.ask(requests(12))
     assert len(second.asked) == 7
-    assert ours.usage.cache_hits == 5
+    assert ours.cache_hits == 5
     assert [reply.text for reply in replies if reply] == [f"QUESTION {n}" for n in range(12)]
 
 
@@ -128,11 +128,14 @@ def test_equal_requests_are_drawn_once(tmp_path: Path) -> None:
 
 
 def test_stopping_keeps_what_was_received(tmp_path: Path) -> None:
-    class Half(Recording):
-        def generate(self, requests, cancelled=None):  # type: ignore[no-untyped-def]
-            yield from list(super().generate(requests))[:3]
+    def stop_after_three(request: Request) -> str:
+        if len(recording.asked) == 3:
+            player.cancelled.set()
+        return "a"
 
+    recording = Recording(stop_after_three)
+    player = generator(recording, str(tmp_path))
     with pytest.raises(Cancelled):
-        generator(Half(lambda r: "a"), str(tmp_path)).ask(requests(8))
+        player.ask(requests(8))
     assert len(ReplyCache(str(tmp_path), "test")) == 3
     assert os.listdir(tmp_path) == ["test.jsonl"]

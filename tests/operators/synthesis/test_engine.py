@@ -115,7 +115,7 @@ def test_a_killed_engine_is_started_again_and_only_what_was_in_flight_is_drawn_a
     assert engine.wait_ready() != [process], "the engine was not killed in time for the test to mean something"
     again = Generator(lambda: pytest.fail("everything is cached"), engine.revision, ReplyCache(str(tmp_path / "replies"), "test"))
     assert again.ask(requests) == replies
-    assert again.usage.cache_hits == 16
+    assert again.cache_hits == 16
 
 
 def _kill_when(cache: ReplyCache, process: int) -> None:

@@ -22,11 +22,11 @@ from operators.synthesis.preferences import (
     Scored,
     choose,
     form_score,
-    make_pairs,
+    pair_flow,
     score_samples,
 )
 from operators.synthesis.requests import Reject, Reply, Request
-from tests.operators.synthesis.recorded import Recording, generator, last
+from tests.operators.synthesis.recorded import Recording, generator, last, played
 
 EVOL = EvolSettings(rounds=2)
 POOL = [
@@ -163,7 +163,10 @@ def test_the_best_and_the_worst_sample_become_a_pair(tmp_path: Path) -> None:
     chinese = ["首都是巴黎。", "法国的首都是巴黎。", "法国首都是巴黎。", "不不不不不不不不不不不不"]
     recording = Recording(lambda r: (chinese if "首都" in last(r) else samples)[r.sample])
     found = [prompt("p", "What is the capital of France?"), prompt("q", "法国的首都是哪里？", "zh")]
-    account, stats = make_pairs(found, PREFERENCES, generator(recording, str(tmp_path)), "recorded", 17)
+    account = played(
+        generator(recording, str(tmp_path)), (pair_flow(prompt, PREFERENCES, "revision", "recorded", 17) for prompt in found)
+    )
+    stats = account.stats()
     assert [row["rejected"][0]["content"] for row in account.rows] == [samples[3], chinese[3]]
     assert all("Paris" in row["chosen"][0]["content"] or "巴黎" in row["chosen"][0]["content"] for row in account.rows)
     assert all(row["margin"] >= 0.1 for row in account.rows)
@@ -177,7 +180,7 @@ def test_ties_and_small_margins_never_become_pairs(tmp_path: Path) -> None:
         lambda r: "Paris." if "tie" in last(r) else f"The capital of France is Paris, dear reader{'.' * (r.sample + 1)}"
     )
     found = [prompt("p", "tie: the capital of France?"), prompt("q", "What is the capital of France?")]
-    account, _ = make_pairs(found, PREFERENCES, generator(recording, str(tmp_path)), "m", 17)
+    account = played(generator(recording, str(tmp_path)), (pair_flow(prompt, PREFERENCES, "revision", "m", 17) for prompt in found))
     assert not account.rows
     assert {r["reason"] for r in account.rejects} <= {"tie", "margin"}
     account.ledger.check("test")

@@ -1,0 +1,58 @@
+"""One item's talk with the model, written as a generator: yield requests, receive their replies, return what was made.
+
+    def answer(row):
+        reply = yield from ask(render(row))
+        return parse(reply)
+
+`render` and `parse` stay pure functions; `Generator.run` plays thousands of such flows beside each other, so that the
+second step of one item runs while the first of another is still being drawn, and nothing waits for the slowest of a
+batch. What a flow returns depends on its own replies alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Sequence
+from typing import TypeVar
+
+from operators.synthesis.requests import Reject, Reply, Request
+
+T = TypeVar("T")
+
+Flow = Generator[Sequence[Request], list[Reply], T]
+"""Yields the requests of a step (all drawn beside each other), is sent their replies in the same order."""
+
+MALFORMED = frozenset({"truncated", "malformed", "empty"})
+"""Reasons for which a reply is worth drawing again: another seed may well give a sound one."""
+
+
+def ask(request: Request) -> Flow[Reply]:
+    """One reply."""
+    replies = yield [request]
+    return replies[0]
+
+
+def ask_all(requests: Sequence[Request]) -> Flow[list[Reply]]:
+    """Several replies, drawn beside each other."""
+    if not requests:
+        return []
+    return (yield list(requests))
+
+
+def attempt(render: Callable[[int], Request], parse: Callable[[Reply], T | Reject], attempts: int = 2) -> Flow[T | Reject]:
+    """Draw until `parse` accepts, at most `attempts` times; the last reject otherwise.
+
+    `render(n)` is the request of attempt n from 0 and must carry a seed of its own (or temperature above 0 and a new
+    sample number), or the same reply comes back. Only replies that are malformed (see MALFORMED) are drawn again.
+    """
+    if attempts < 1:
+        raise ValueError(f"attempts must be at least 1, got {attempts}")
+    result: T | Reject = Reject("malformed")
+    for number in range(attempts):
+        reply = yield from ask(render(number))
+        unanswered = reply.unanswered
+        if unanswered is not None:
+            return unanswered
+        result = parse(reply)
+        if not isinstance(result, Reject) or result.reason not in MALFORMED:
+            return result
+    return result
