@@ -8,6 +8,7 @@ import os
 import shutil
 import socket
 import subprocess
+import sys
 from dataclasses import dataclass
 
 import psutil
@@ -110,10 +111,10 @@ def _end(servers: list[psutil.Process]) -> None:
 
 def disconnect() -> None:
     """Leave Ray if `connect` joined it, end it if `connect` started it; a Ray that was there before stays."""
-    import ray
-
     global _connected_here
-    if _connected_here and ray.is_initialized():
+    if _connected_here and connected():
+        import ray
+
         ray.shutdown()
         _servers.clear()
     _connected_here = False
@@ -121,9 +122,8 @@ def disconnect() -> None:
 
 def connected() -> bool:
     """True when this process is connected to a Ray."""
-    import ray
-
-    return bool(ray.is_initialized())
+    ray = sys.modules.get("ray")  # importing it takes seconds, which a run without Ray need not spend
+    return ray is not None and bool(ray.is_initialized())
 
 
 def gpu_count() -> int:

@@ -127,6 +127,10 @@ class Stage(Settings):
         """The stages whose directories this one reads."""
         return []
 
+    def needs_ray(self) -> bool:
+        """False for a stage that runs in the driver alone; where all stages left to do are such, no Ray is started."""
+        return True
+
     def files(self) -> list[str]:
         """Paths or globs outside the run that the result depends on, as written in the recipe."""
         return []

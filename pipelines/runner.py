@@ -33,6 +33,7 @@ from operators.stage import Cancelled, StageContext
 from pipelines.graph import Node, plan
 from pipelines.progress import Display
 from pipelines.recipe import Recipe
+from pipelines.report import spending
 
 #: Stages of one kind of resource run one after the other, so that they do not fight for the same cores. Stages that
 #: generate share an engine, which serves all in one batch: that costs hardly more than one, and they may follow each other.
@@ -98,9 +99,11 @@ class Run:
                 if node.name in self._reused:
                     self.display.stage(node.name, "done before")
             if pending:
-                self.display.line("starting Ray" if self.options.address is None else f"joining Ray at {self.options.address}")
                 was_connected = connect.connected()
-                connect.connect(address=self.options.address, cpus=self.options.cpus)
+                if any(node.stage.needs_ray() for node in pending):
+                    joining = f"joining Ray at {self.options.address}"
+                    self.display.line("starting Ray" if self.options.address is None else joining)
+                    connect.connect(address=self.options.address, cpus=self.options.cpus)
                 try:
                     self._services.start_early(pending)
                     self._schedule()
@@ -414,11 +417,17 @@ def explain(error: BaseException) -> str:
 
 
 def account(directory: str) -> str:
-    """`in 10, kept 8, rejected 2` of a finished stage."""
-    ledger = shards.load_manifest(directory).ledger
+    """`in 10, kept 8, rejected 2` of a finished stage, and what its model calls cost."""
+    manifest = shards.load_manifest(directory)
+    ledger, stats = manifest.ledger, manifest.stats
     words = [("in", ledger.rows_in), ("created", ledger.created), ("kept", ledger.kept)]
     words += [("rejected", ledger.rejected.total()), ("quarantined", ledger.quarantined)]
-    return ", ".join(f"{word} {count:,}" for word, count in words if count or word == "kept")
+    told = ", ".join(f"{word} {count:,}" for word, count in words if count or word == "kept")
+    if "completion_tokens" in stats:
+        told += f"; {stats['calls']:,} calls, {stats['prompt_tokens']:,} tokens in, {stats['completion_tokens']:,} out"
+        price = spending.cost(shards.load_timings(directory))
+        told += f", {price}" if price else ""
+    return told
 
 
 def resume_command(options: Options, recipe_path: str) -> str:

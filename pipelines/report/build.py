@@ -31,6 +31,7 @@ from pipelines.report import (
     lineage,
     resources,
     samples,
+    spending,
     training,
 )
 from pipelines.report.view import CHOOSING_KINDS, SYNTHESIS_KINDS, TRAINING_KINDS, RunView, StageView, load_run
@@ -95,6 +96,7 @@ def render(run: RunView) -> str:
         evaluate_stages=run.of_kind("evaluate"),
         usages=usages,
         usages_placed=placed,
+        spendings=spending.spendings(run),
         versions=resources.versions(run),
         gpus=_gpus(run.machine.get("gpus")),
     )
@@ -138,6 +140,7 @@ def _functions() -> dict[str, Any]:
         "tenths": corpus.tenths,
         "numeric_order": corpus.numeric_order,
         "ordered": lambda counts: [(key, counts[key]) for key in corpus.numeric_order(counts)],
+        "measured": measured,
         "cluster_bins": cluster_bins,
         "duplicate_examples": duplicate_examples,
         "measure_title": training.measure_title,
@@ -185,6 +188,18 @@ def _shown(value: Any) -> Any:
 
 def _bar(value: figures.Number, total: figures.Number, style: str) -> Markup:
     return charts.bar([charts.Segment(value, style, f"{figures.number(value)} · {figures.percent(value, total)}")], total)
+
+
+_SHOWN_APART = frozenset({"usage", "rounds", "novelty", "operations", "languages", "margins", "sources", "examples", "mixture"})
+
+
+def measured(stage: StageView) -> list[tuple[str, dict[str, figures.Number]]]:
+    """Histograms that a method of synthesis counted beside those that have a place of their own: (name, counts)."""
+    return [
+        (name.replace("_", " "), counts)
+        for name in stage.stats
+        if name not in _SHOWN_APART and (counts := stage.counts(name)) and len(counts) <= MAX_CLUSTER_BINS
+    ]
 
 
 def cluster_bins(clusters: dict[str, figures.Number]) -> list[tuple[str, figures.Number]]:

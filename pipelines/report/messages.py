@@ -249,7 +249,6 @@ MESSAGES: dict[str, tuple[str, str]] = {
     "tokens.by_source": ("Tokens by source", "各来源词元"),
     # synthesis
     "synthesis.calls": ("Model calls", "模型调用"),
-    "synthesis.cache_hits": ("From the reply cache", "命中回复缓存"),
     "synthesis.prompt_tokens": ("Prompt tokens", "提示词元"),
     "synthesis.completion_tokens": ("Completion tokens", "生成词元"),
     "synthesis.kept": ("Kept", "保留"),
@@ -268,6 +267,17 @@ MESSAGES: dict[str, tuple[str, str]] = {
     "synthesis.seed": ("seed {n}", "种子 {n}"),
     "synthesis.parents": ("made from {n} row|made from {n} rows", "由 {n} 行生成"),
     "synthesis.nothing": ("No row survived this stage.", "本阶段没有留下任何行。"),
+    # spending
+    "spending.title": ("Model calls and tokens", "模型调用与词元"),
+    "spending.model": ("Model", "模型"),
+    "spending.drawn": ("Drawn anew", "新生成"),
+    "spending.prefix": ("Prefix cache", "前缀缓存命中"),
+    "spending.cost": ("Price", "费用"),
+    "spending.note": (
+        "Calls and tokens are those behind the rows, the same however often a run was interrupted; “drawn anew” is what the "
+        "last run of the stage did not find in the reply cache. Prices are those of the recipe.",
+        "调用与词元按产出行所用回复统计，与运行中断次数无关；“新生成”为该阶段最近一次运行未命中回复缓存的调用。费用按配方所列单价计算。",
+    ),
     # preferences
     "preferences.pairs": ("Pairs", "偏好对"),
     "preferences.margins": ("Margin between the two scores", "两个得分之差"),

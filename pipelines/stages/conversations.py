@@ -30,6 +30,9 @@ class ConversationsStage(Stage):
     format: conversations.Format = Field(description="shape of the rows")
     author: str = Field(default="human", description="who wrote the replies; goes into the rows' provenance")
 
+    def needs_ray(self) -> bool:
+        return False
+
     def files(self) -> list[str]:
         return listed(self.path)
 

@@ -64,6 +64,9 @@ class GeneratingStage(Stage):
         except ModelError as error:
             raise SettingsError(f"{self.kind}.generator.{error}") from error
 
+    def needs_ray(self) -> bool:
+        return self.generator.endpoint is None
+
     def model_stages(self) -> list[str]:
         """The stage whose model generates, if `generator.model` is `@STAGE`. Part of the stage's inputs."""
         return [self.generator.model[1:]] if self.generator.model.startswith("@") else []

@@ -141,3 +141,29 @@ def test_usage_errors_have_exit_code_2_and_no_traceback(tmp_path: Path) -> None:
         assert code == 2
         assert told in err
         assert "Traceback" not in err
+
+
+def test_a_stage_that_follows_reads_rows_of_a_stage_that_is_still_running_and_no_ray_is_started(tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text(
+        "name: toy\nstages:\n  gate: {kind: 'tests.pipelines.toy:GateStage', awaited: 'echo/*/units/00000000.json'}\n"
+        "  echo: {kind: 'tests.pipelines.toy:EchoStage', input: [gate]}\n",
+        encoding="utf-8",
+    )
+    code, _, err = finish(danlu(tmp_path, "run", "recipe.yaml"))
+    assert code == 0, err
+    assert "Ray" not in err
+    manifests = {path.parts[-3]: json.loads(path.read_text()) for path in (tmp_path / "runs" / "toy").glob("*/*/manifest.json")}
+    assert manifests["echo"]["ledger"]["kept"] == manifests["gate"]["ledger"]["kept"] == 2
+
+
+def test_a_stage_that_follows_one_that_fails_stops_and_is_not_called_done(tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text(
+        "name: toy\nstages:\n"
+        "  gate: {kind: 'tests.pipelines.toy:GateStage', awaited: 'echo/*/units/00000000.json', then_fail: true}\n"
+        "  echo: {kind: 'tests.pipelines.toy:EchoStage', input: [gate]}\n",
+        encoding="utf-8",
+    )
+    code, _, err = finish(danlu(tmp_path, "run", "recipe.yaml"))
+    assert code != 0
+    assert "the gate is broken" in err
+    assert status(tmp_path) == {"gate": "failed", "echo": "pending"}

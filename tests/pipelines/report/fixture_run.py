@@ -438,13 +438,23 @@ def _synthesis(writer: _Writer) -> None:
             "calls": 301,
             "prompt_tokens": 181_022,
             "completion_tokens": 40_127,
-            "cache_hits": 12,
             "rounds": {"0": {"asked": 80, "kept": 41}, "1": {"asked": 62, "kept": 23}},
             "novelty": {f"{n / 10:.1f}": value for n, value in enumerate([2, 9, 22, 31, 18, 9, 7, 21, 14, 9])},
             "languages": {"en": 63, "zh": 1},
             "operations": {"self_instruct": 64},
         },
-        timings={"seconds": 188.2, "tokens_per_second": 213.4},
+        timings={
+            "seconds": 188.2,
+            "generation_seconds": 170.5,
+            "cache_hits": 12,
+            "drawn_calls": 289,
+            "drawn_prompt_tokens": 175_000,
+            "drawn_completion_tokens": 38_600,
+            "prefix_tokens": 61_250,
+            "cost": 0.1234,
+            "cost_drawn": 0.119,
+            "currency": "USD",
+        },
     )
     evolved = [
         _conversation(
@@ -472,7 +482,6 @@ def _synthesis(writer: _Writer) -> None:
             "calls": 96,
             "prompt_tokens": 70_100,
             "completion_tokens": 25_400,
-            "cache_hits": 0,
             "rounds": {"0": {"asked": 96, "kept": 48}},
             "languages": {"en": 43, "zh": 5},
             "operations": {"evol:deepen": 12, "evol:concretise": 12, "evol:reason": 12, "evol:broaden": 12},

@@ -87,6 +87,11 @@ def test_other_equations_are_written_out_term_by_term(page: Element) -> None:
     assert "512 cut" in text
 
 
+def test_the_cost_of_model_calls_stands_beside_their_tokens(page: Element) -> None:
+    rows = [{cell.text() for cell in row.all("td")} for row in page.all("tr")]
+    assert any({"301", "181,022", "40,127", "289", "35.0%", "0.123 USD"} <= row for row in rows)
+
+
 def test_training_tables_hold_the_last_point_of_every_curve(finished_run: Path, page: Element) -> None:
     text = page.by_id("training").text()
     for stage in ("base", "chat", "wide", "aligned"):
