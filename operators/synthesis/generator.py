@@ -137,6 +137,7 @@ class _Play(Generic[T]):
         self._generator, self._source = generator, source
         self._ended = False
         self._held: tuple[int, Flow[T]] | None = None  # taken from the source, waiting for room under the cap
+        self._engine: TextEngine | None = None
         self._session: EngineSession | None = None
         self._window = 256  # flows open at once, until an engine says how many it wants
         self._live: dict[int, _Playing[T]] = {}
@@ -260,10 +261,11 @@ class _Play(Generic[T]):
 
     def _send(self) -> None:
         if self._session is None:
-            engine = self._generator.engine()
-            self._session = engine.open()
-            self._window = max(self._window, 2 * engine.in_flight)
+            self._engine = self._generator.engine()
+            self._session = self._engine.open()
         self._session.submit(self._outbox)
+        assert self._engine is not None
+        self._window = max(self._window, 2 * self._engine.in_flight)  # a routed engine grows by the models that are asked
         self._outbox = []
 
     def _collect(self, timeout_s: float) -> None:

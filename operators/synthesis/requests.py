@@ -45,12 +45,13 @@ class Request:
     seed: int
     sample: int = 0  # number of this sample among several of one prompt
     json_schema: str | None = None
+    model: str = ""  # revision of the model to ask, where it is not the stage's own generator (see operators.synthesis.routing)
 
     def key(self, revision: str) -> str:
         """32 hex digits that name the reply: model revision (weights, tokenizer and chat template, hence the rendered
         prompt is a function of it and the messages), messages, sampling settings, schema, seed and sample number."""
         digest = hashlib.blake2b(digest_size=16)
-        pieces = [revision, self.sampling.model_dump_json(), self.json_schema or "", str(self.seed), str(self.sample)]
+        pieces = [self.model or revision, self.sampling.model_dump_json(), self.json_schema or "", str(self.seed), str(self.sample)]
         for piece in [*pieces, *(text for message in self.messages for text in message)]:
             data = piece.encode("utf-8", "surrogatepass")
             digest.update(len(data).to_bytes(8, "little"))
