@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -77,6 +77,10 @@ class Classifier:
             raise SettingsError(f"model {scoring.model}: no sequence classifier with safetensors weights: {error}") from error
         self._model.to(scoring.device).eval()
         config = self._model.config
+        if self._tokenizer.pad_token is None:
+            self._tokenizer.pad_token = self._tokenizer.eos_token
+        if config.pad_token_id is None:  # decoders find the last token of a row by it
+            config.pad_token_id = self._tokenizer.pad_token_id
         labels = {str(name): int(index) for index, name in config.id2label.items()}
         if scoring.label is None and config.num_labels > 1:
             raise SettingsError(f"model {scoring.model} has the labels {sorted(labels)}: say by `label` which one is the score")
@@ -87,19 +91,29 @@ class Classifier:
         automatic: Activation = "sigmoid" if several else "softmax" if config.num_labels > 1 else "none"
         self._activation = automatic if scoring.activation == "auto" else scoring.activation
 
+    @property
+    def tokenizer(self) -> Any:
+        """The model's tokenizer, able to pad."""
+        return self._tokenizer
+
     def score(self, texts: Sequence[str]) -> np.ndarray:
         """float32[texts], rounded to 4 decimals, NaN for a text without a token. Texts are cut to their first `max_tokens`."""
-        torch, scoring = self._torch, self._scoring
+        scoring = self._scoring
         heads = [text[: scoring.max_tokens * _CHARACTERS_A_TOKEN] for text in texts]
         ids = self._tokenizer(heads, truncation=True, max_length=scoring.max_tokens, padding=False)["input_ids"]
-        lengths = np.array([len(row) for row in ids])
-        found = np.full(len(texts), np.nan)
+        return self.score_encoded([{"input_ids": row} for row in ids])
+
+    def score_encoded(self, encodings: Sequence[Mapping[str, list[int]]]) -> np.ndarray:
+        """float32[encodings] as `score`, of what the tokenizer made of each text (`input_ids`, perhaps `token_type_ids`)."""
+        torch, scoring = self._torch, self._scoring
+        lengths = np.array([len(encoding["input_ids"]) for encoding in encodings])
+        found = np.full(len(encodings), np.nan)
         with torch.inference_mode():
             for rows in batches_by_length(lengths, scoring.batch_tokens):
                 rows = rows[lengths[rows] > 0]
                 if not len(rows):
                     continue
-                batch = self._tokenizer.pad({"input_ids": [ids[row] for row in rows]}, return_tensors="pt").to(scoring.device)
+                batch = self._tokenizer.pad([dict(encodings[row]) for row in rows], return_tensors="pt").to(scoring.device)
                 logits = self._model(**batch).logits.float()
                 if self._activation == "softmax":
                     logits = logits.softmax(-1)
