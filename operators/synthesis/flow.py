@@ -56,3 +56,21 @@ def attempt(render: Callable[[int], Request], parse: Callable[[Reply], T | Rejec
         if not isinstance(result, Reject) or result.reason not in MALFORMED:
             return result
     return result
+
+
+def attempt_all(
+    renders: Sequence[Callable[[int], Request]], parses: Sequence[Callable[[Reply], T | Reject]], attempts: int = 2
+) -> Flow[list[T | Reject]]:
+    """As `attempt` for several requests, drawn beside each other; what is malformed among them is drawn again together."""
+    if attempts < 1:
+        raise ValueError(f"attempts must be at least 1, got {attempts}")
+    results: list[T | Reject] = [Reject("malformed")] * len(renders)
+    left = list(range(len(renders)))
+    for number in range(attempts):
+        replies = yield from ask_all([renders[place](number) for place in left])
+        for place, reply in zip(left, replies, strict=True):
+            results[place] = reply.unanswered or parses[place](reply)
+        left = [place for place in left if isinstance(found := results[place], Reject) and found.reason in MALFORMED]
+        if not left:
+            break
+    return results

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -14,7 +14,7 @@ from pydantic import Field
 from cluster import storage
 from operators import shards, tables
 from operators.config import Settings, SettingsError
-from operators.ledger import merge_stats
+from operators.ledger import Equation, merge_stats
 from operators.stage import Stage, StageContext
 from operators.synthesis.cache import ReplyCache
 from operators.synthesis.engine import EngineSettings, check_engine, engine_revision
@@ -119,15 +119,17 @@ class GeneratingStage(Stage):
         rows: Iterable[Row | None],
         flow_of: Callable[[Row], tuple[int, Flow[Account]]],
         unasked: Callable[[Row, Account], None],
-        schema: pa.Schema,
+        schema: pa.Schema | Callable[[], pa.Schema],
         generator: Generator,
         unit_rows: int = UNIT_ROWS,
+        settle: Callable[[Row, Account], None] | None = None,
     ) -> None:
         """One flow a row, one unit for every `unit_rows` rows, in order; rows of committed units are not asked again.
 
         `flow_of(row)` is (most completion tokens, flow) and the flow returns the row's account, into which the row itself
         is entered as well; `unasked(row, account)` enters a row that the token cap left out. `rows` may give None for
-        "nothing yet" (see StageContext.follow).
+        "nothing yet" (see StageContext.follow). `settle(row, account)` may change the account of a row of a new unit; it is
+        called in the order of the rows, whatever the order of completion, so it may decide by what came before.
         """
         done = shards.committed_units(context.directory)
         for record in done.values():
@@ -156,6 +158,8 @@ class GeneratingStage(Stage):
                 if outcome.value is None:
                     unasked(row, account)
                 else:
+                    if settle is not None:
+                        settle(row, outcome.value)
                     if self.keep_replies:
                         for made in outcome.value.rows:
                             made["replies"] = [reply.text for reply in outcome.replies]
@@ -186,7 +190,14 @@ class GeneratingStage(Stage):
             writer.abandon()
             raise
 
-    def finish(self, context: StageContext, generator: Generator, started: float, stats: dict[str, Any] | None = None) -> None:
+    def finish(
+        self,
+        context: StageContext,
+        generator: Generator,
+        started: float,
+        stats: dict[str, Any] | None = None,
+        equations: Sequence[Equation] = (),
+    ) -> None:
         """The manifest: the units' statistics, tokens in and out and their price; what was waited for goes to the timings."""
         usage = Usage()
         for record in shards.committed_units(context.directory).values():
@@ -197,7 +208,7 @@ class GeneratingStage(Stage):
             timings["cost"] = self.price.cost(usage.prompt_tokens, usage.completion_tokens)
             timings["cost_drawn"] = self.price.cost(generator.drawn.prompt_tokens, generator.drawn.completion_tokens)
             timings["currency"] = self.price.currency
-        context.finish(stats=merge_stats(found, stats or {}), timings=timings)
+        context.finish(stats=merge_stats(found, stats or {}), timings=timings, equations=equations)
 
 
 def _settled() -> Flow[Account]:
