@@ -12,7 +12,7 @@ batch. What a flow returns depends on its own replies alone.
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
-from typing import TypeVar
+from typing import Generic, TypeVar
 
 from operators.synthesis.requests import Reject, Reply, Request
 
@@ -74,3 +74,32 @@ def attempt_all(
         if not left:
             break
     return results
+
+
+class Watched(Generic[T]):
+    """A flow whose value can be seen as soon as it ends, before its turn among the outcomes has come.
+
+    A source of flows that decides by earlier results (see `Generator.run`) waits for `ended` in an order of its own, so
+    that what it decides does not depend on the order of completion. `ended` with no value: the token cap left it out.
+    """
+
+    def __init__(self, flow: Flow[T]) -> None:
+        self._flow = flow
+        self.value: T | None = None
+        self.ended = False
+
+    def play(self) -> Flow[T]:
+        """The flow to give to the generator."""
+        self.value = yield from self._flow
+        self.ended = True
+        return self.value
+
+    def settle(self) -> None:
+        """To be called when its outcome is given: without a value by now, it was never asked."""
+        self.ended = True
+
+
+def asks_nothing(value: T) -> Flow[T]:
+    """A flow that ends at once: a mark in the order of outcomes."""
+    return value
+    yield []  # makes this a generator
