@@ -1,14 +1,17 @@
 """Generation engines: vLLM in Ray actors, shared by all stages of a run.
 
 `start_engine` returns at once; the weights load in the actors while other stages run. A request goes to the replica
-with the fewest under way, replies come back one by one as they complete, and nothing waits for the slowest of a batch.
+that has seen its beginning, unless another has much less to do; replies come back one by one as they complete, and
+nothing waits for the slowest of a batch.
 """
 
 from __future__ import annotations
 
 import threading
 import uuid
+from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from pydantic import Field
@@ -16,10 +19,12 @@ from pydantic import Field
 from operators.config import Settings
 from operators.synthesis.endpoint import EndpointEngine, EndpointSettings
 from operators.synthesis.packaged import check_model, model_revision
+from operators.synthesis.prefixes import PrefixRouter
 from operators.synthesis.requests import EngineError, Reply, Request, TextEngine
 
 _POLL_S = 1.0  # a caller is back at its cancel check at least this often
 _MAX_FRUITLESS_STARTS = 3  # engines started in a row without one reply before the run gives up
+_MAX_DEATHS = 3  # engines that may die while one request is under way: it may be what ends them
 
 
 class EngineSettings(Settings):
@@ -42,6 +47,9 @@ class EngineSettings(Settings):
     cpus: float = Field(default=1, ge=0, description="logical Ray CPUs that a replica reserves")
     tensor_parallel: int = Field(default=1, ge=1, description="GPUs (or CPU processes) that hold one copy of the model")
     replicas: int = Field(default=1, ge=1, description="copies of the model")
+    group_prefixes: bool = Field(
+        default=True, description="waiting prompts that begin alike run one after the other, so that the prefix cache holds them"
+    )
     enforce_eager: bool = Field(
         default=True, description="no compilation and no CUDA graphs: starts faster, generates slower on GPU"
     )
@@ -62,6 +70,7 @@ class Engine:
         self._lock = threading.Lock()
         self._replicas: list[Any] = []
         self._load: list[int] = []  # requests under way at each replica, of all callers
+        self._router = PrefixRouter(settings.max_running)
         self._fruitless = 0
 
     @property
@@ -126,13 +135,29 @@ class Engine:
         for replica in replicas:
             ray.kill(replica)
 
-    def _adjust(self, slot: int, change: int) -> None:
+    def _place(self, requests: Sequence[tuple[int, Request]]) -> list[tuple[int, Any, dict[int, Request]]]:
+        """(slot, replica, its share of the requests); they count as under way from here on. Raises EngineError."""
         with self._lock:
-            if slot < len(self._load):
-                self._load[slot] += change
+            if not self._replicas:
+                raise EngineError("the generation engine was stopped")
+            shares: dict[int, dict[int, Request]] = {}
+            for number, request in requests:
+                slot = self._router.choose(request.messages, self._load) if len(self._load) > 1 else 0
+                self._load[slot] += 1
+                shares.setdefault(slot, {})[number] = request
+            return [(slot, self._replicas[slot], share) for slot, share in shares.items()]
+
+    def _done(self, slot: int, replica: Any, count: int) -> None:
+        """Requests that are no longer under way at a replica: answered, lost with it, or taken back."""
+        with self._lock:
+            if slot < len(self._replicas) and self._replicas[slot] is replica:
+                self._load[slot] -= count
+
+    def _answered(self) -> None:
+        self._fruitless = 0
 
     def _replace(self, slot: int, dead: Any, death: Exception) -> None:
-        """Start a new replica in a slot, unless another caller has done so already."""
+        """Start a new replica in a slot, unless another caller has done so already. Raises EngineError."""
         import ray
 
         with self._lock:
@@ -146,7 +171,7 @@ class Engine:
                     f"the generation engine ({self.settings.model}) died {self._fruitless} times without a reply: {death}"
                 ) from death
             ray.kill(dead)
-            self._replicas[slot] = self._create()
+            self._replicas[slot], self._load[slot] = self._create(), 0
 
     def _create(self) -> Any:
         import ray
@@ -161,66 +186,93 @@ class Engine:
         return actor.remote(settings, self.cache_directory)
 
 
+@dataclass
+class _Share:
+    """What one session has under way at one replica."""
+
+    slot: int
+    replica: Any
+    flying: dict[int, Request]
+    poll: Any = None  # the call of `collect` that is under way
+
+
 class VllmSession:
     """Requests of one caller at the replicas of an engine (see requests.EngineSession).
 
-    A request goes to the replica with the fewest under way. When a replica dies a new one is started and only the
-    requests it had in flight are asked again.
+    When a replica dies a new one is started and only the requests it had in flight are asked again.
     """
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self._client = uuid.uuid4().hex
-        self._handles = list(engine._replicas)
-        self._flying: list[dict[int, Request]] = [{} for _ in self._handles]
-        self._polls: dict[Any, int] = {}
+        self._shares: list[_Share] = []
+        self._deaths: Counter[int] = Counter()  # engines that died while a request was under way
+        self._closed = False
 
     def submit(self, requests: Sequence[tuple[int, Request]]) -> None:
-        engine = self._engine
-        order = sorted(range(len(self._handles)), key=lambda slot: engine._load[slot])
-        for place, slot in enumerate(order):
-            share = list(requests[place :: len(order)])
-            if share:
-                self._handles[slot] = engine._replicas[slot]
-                self._handles[slot].submit.remote(self._client, share)
-                self._flying[slot].update(share)
-                engine._adjust(slot, len(share))
+        if self._closed:
+            raise EngineError("the session is closed")
+        for slot, replica, flying in self._engine._place(requests):
+            share = next((share for share in self._shares if share.replica is replica), None)
+            if share is None:
+                self._shares.append(_Share(slot, replica, flying))
+            else:
+                share.flying.update(flying)
+            replica.submit.remote(self._client, list(flying.items()))
 
     def collect(self, timeout_s: float) -> list[tuple[int, Reply]]:
         import ray
 
-        for slot, flying in enumerate(self._flying):
-            if flying and slot not in self._polls.values():
-                self._polls[self._handles[slot].collect.remote(self._client, _POLL_S)] = slot
-        if not self._polls:
+        for share in self._shares:
+            if share.flying and share.poll is None:
+                share.poll = share.replica.collect.remote(self._client, _POLL_S)
+        polls = {share.poll: share for share in self._shares if share.poll is not None}
+        if not polls:
             return []
-        done, _ = ray.wait(list(self._polls), timeout=timeout_s)
+        done, rest = ray.wait(list(polls), timeout=timeout_s)
+        if done and rest:
+            done += ray.wait(rest, num_returns=len(rest), timeout=0)[0]
         found: list[tuple[int, Reply]] = []
+        dead: list[tuple[_Share, Exception]] = []
         for poll in done:
-            slot = self._polls.pop(poll)
+            share = polls[poll]
+            share.poll = None
             try:
                 replies = ray.get(poll)
-            except (ray.exceptions.RayActorError, ray.exceptions.RayTaskError) as death:
-                self._engine._replace(slot, self._handles[slot], death)
-                lost = sorted(self._flying[slot].items())
-                self._engine._adjust(slot, -len(lost))
-                self._flying[slot].clear()
-                self.submit(lost)
+            except ray.exceptions.RayError as death:
+                dead.append((share, death))
                 continue
             if replies:
-                self._engine._fruitless = 0
-            self._engine._adjust(slot, -len(replies))
+                self._engine._answered()
+                self._engine._done(share.slot, share.replica, len(replies))
             for index, reply in replies:
-                del self._flying[slot][index]
+                del share.flying[index]
                 found.append((index, reply))
+        if not found:  # otherwise the next call learns of it again: what came is delivered before an error can be raised
+            for share, why in dead:
+                self._ask_again(share, why)
         return found
 
+    def _ask_again(self, share: _Share, death: Exception) -> None:
+        """Give what a dead replica had in flight to the others, or to its successor. Raises EngineError."""
+        self._shares.remove(share)
+        self._engine._replace(share.slot, share.replica, death)
+        self._deaths.update(share.flying.keys())
+        for index in share.flying:
+            if self._deaths[index] >= _MAX_DEATHS:
+                raise EngineError(
+                    f"{_MAX_DEATHS} generation engines died while one request was under way, which may be what ends them: "
+                    f"{str(share.flying[index].messages)[:200]}"
+                ) from death
+        self.submit(sorted(share.flying.items()))
+
     def close(self) -> None:
-        for slot, left in enumerate(self._flying):
-            if left:
-                self._engine._adjust(slot, -len(left))
-                self._handles[slot].abort.remote(self._client)
-                left.clear()
+        self._closed = True
+        for share in self._shares:
+            if share.flying or share.poll is not None:
+                self._engine._done(share.slot, share.replica, len(share.flying))
+                share.replica.abort.remote(self._client)  # ends the poll as well
+        self._shares = []
 
 
 def check_engine(settings: EngineSettings) -> None:

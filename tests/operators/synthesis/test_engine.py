@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from operators.synthesis.cache import ReplyCache
-from operators.synthesis.engine import Engine, EngineSettings, start_engine
+from operators.synthesis.engine import Engine, EngineSettings, VllmSession, start_engine
 from operators.synthesis.generator import Generator
 from operators.synthesis.packaged import resolve_model
-from operators.synthesis.requests import Request, SamplingSettings, request_seed
+from operators.synthesis.requests import EngineError, Request, SamplingSettings, request_seed
 
 SETTINGS = EngineSettings(max_model_len=512, max_running=16)
 
@@ -101,6 +103,94 @@ def test_two_callers_share_one_engine(engine: Engine) -> None:
     assert found == {"a": 6, "b": 6}
 
 
+def test_a_prompt_that_fits_is_answered_up_to_the_length_of_the_model(engine: Engine) -> None:
+    (reply,) = dict(engine.generate([ask("stone river " * 235, 4000)])).values()
+    assert reply.finish_reason == "length"
+    assert reply.prompt_tokens + reply.completion_tokens == SETTINGS.max_model_len
+
+
+SCHEMA = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "maxLength": 8},
+        "城市": {"type": "string", "enum": ["北京", "上海"]},
+        "ages": {"type": "array", "items": {"type": "integer", "minimum": 0, "maximum": 99}, "minItems": 1, "maxItems": 2},
+    },
+    "required": ["name", "城市", "ages"],
+    "additionalProperties": False,
+}
+
+
+def test_a_schema_is_kept_to_and_what_cannot_be_asked_is_refused_with_the_reason(engine: Engine) -> None:
+    schema = json.dumps(SCHEMA, ensure_ascii=False)
+    strict = [replace(ask(text, 60, seed=3), json_schema=schema) for text in ("Describe a person.", "介绍一个人。")]
+    broken = [
+        replace(strict[0], json_schema="{"),
+        replace(strict[0], json_schema="[1]"),
+        replace(strict[0], json_schema='{"type": "object", "properties": {"a": {"type": "no such type"}}}'),
+        replace(strict[0], json_schema='{"$ref": "#/$defs/nowhere"}'),
+        replace(ask("x"), messages=()),
+        replace(ask("x"), messages=(("user", "a lone surrogate \ud800"),)),
+        replace(ask("x"), sampling=SamplingSettings(stop=[""])),
+    ]
+    replies = dict(engine.generate([*strict, *broken, ask("Say hello.")]))
+    for number in (0, 1):
+        found = json.loads(replies[number].text)
+        assert set(found) == {"name", "城市", "ages"}
+        assert found["城市"] in ("北京", "上海")
+        assert all(isinstance(age, int) and 0 <= age <= 99 for age in found["ages"])
+        assert replies[number].finish_reason == "stop"
+    for number in range(2, 9):
+        assert (number, replies[number].finish_reason) == (number, "refused")
+        assert len(replies[number].text) > 15, "it says why"
+    assert replies[9].finish_reason in ("stop", "length"), "the engine goes on"
+
+
+def test_a_common_beginning_is_found_in_the_prefix_cache(engine: Engine) -> None:
+    document = "The lighthouse keeper counts the ships that pass in the night. " * 12
+    questions = [ask(f"{document}\n\nHow many {thing}?", 1, seed=n) for n, thing in enumerate(("ships", "nights", "keepers"))]
+    replies = dict(engine.generate(questions))
+    found = sorted(reply.cached_tokens for reply in replies.values())
+    assert found[1] >= 96, "two of three find the document"
+    assert all(reply.cached_tokens < reply.prompt_tokens for reply in replies.values())
+
+
+def test_a_closed_session_takes_its_requests_back_and_leaves_nothing(engine: Engine) -> None:
+    session = engine.open()
+    session.submit([(n, ask(f"Write a long story about {n}.", 400)) for n in range(40)])
+    assert session.collect(0.05) == []
+    session.close()
+    session.close()
+    assert session.collect(0.05) == []
+    with pytest.raises(EngineError, match="closed"):
+        session.submit([(0, ask("x"))])
+    assert engine._load == [0]
+    began = time.monotonic()
+    assert dict(engine.generate([ask("Say hello.", 2)]))[0].completion_tokens
+    assert time.monotonic() - began < 30, "the engine still works on what was taken back"
+
+
+def test_stopping_the_engine_ends_a_caller_that_waits(engine: Engine) -> None:
+    """The last ordinary test of the engine: it is gone afterwards, and started again only by what is marked slow."""
+    session = engine.open()
+    session.submit([(n, ask(f"Write a long story about {n}.", 400)) for n in range(4)])
+    stopper = threading.Timer(0.5, engine.stop)
+    stopper.start()
+    with pytest.raises(EngineError, match="stopped"):
+        collect_until_it_ends(session)
+    stopper.join()
+    with pytest.raises(EngineError, match="stopped"):
+        session.submit([(9, ask("x"))])
+    session.close()
+    engine.stop()
+
+
+def collect_until_it_ends(session: VllmSession) -> None:
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        session.collect(1.0)
+
+
 @pytest.mark.slow
 def test_a_killed_engine_is_started_again_and_only_what_was_in_flight_is_drawn_again(engine: Engine, tmp_path: Path) -> None:
     cache = ReplyCache(str(tmp_path / "replies"), "test")
@@ -113,6 +203,8 @@ def test_a_killed_engine_is_started_again_and_only_what_was_in_flight_is_drawn_a
     killer.join()
     assert all(reply is not None and reply.completion_tokens for reply in replies)
     assert engine.wait_ready() != [process], "the engine was not killed in time for the test to mean something"
+    assert generator.drawn.calls == len(cache) == 16, "no reply was lost, none came twice"
+    assert engine._load == [0]
     again = Generator(lambda: pytest.fail("everything is cached"), engine.revision, ReplyCache(str(tmp_path / "replies"), "test"))
     assert again.ask(requests) == replies
     assert again.cache_hits == 16
@@ -123,3 +215,27 @@ def _kill_when(cache: ReplyCache, process: int) -> None:
     while not len(cache) and time.monotonic() < deadline:
         time.sleep(0.02)
     os.kill(process, signal.SIGKILL)
+
+
+@pytest.mark.slow
+def test_two_replicas_share_the_work_and_one_that_dies_loses_nothing(ray_cluster: None, model_cache: Path) -> None:
+    engine = Engine(SETTINGS.model_copy(update={"replicas": 2, "max_running": 4, "cpus": 0.5}), str(model_cache))
+    engine.start()
+    first, second = engine.wait_ready()
+    assert first != second
+    document = "The lighthouse keeper counts the ships that pass in the night. " * 12
+    session = engine.open()
+    session.submit([(n, ask(f"{n % 4} {document}\n\nQuestion {n}?", 24, seed=n)) for n in range(32)])
+    assert sorted(engine._load) == [16, 16]
+    arrived: list[int] = []
+    killed = False
+    while len(arrived) < 32:
+        arrived += [index for index, _ in session.collect(1.0)]
+        if len(arrived) >= 6 and not killed:
+            os.kill(first, signal.SIGKILL)
+            killed = True
+    session.close()
+    assert sorted(arrived) == list(range(32))
+    assert engine._load == [0, 0]
+    assert second in engine.wait_ready()
+    engine.stop()
