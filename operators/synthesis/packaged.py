@@ -70,10 +70,12 @@ def model_revision(reference: str, cache_directory: str) -> str:
     if reference.startswith(PREFIX):
         file, package = _packaged_file(reference)
         return _digest([f"{_CONVERSION}", _file_hash(str(file), *_stamp(file), cache_directory), package.chat_template])
-    directory = _check_directory(reference)
-    names = sorted(
-        p for p in directory.iterdir() if p.suffix in (".safetensors", ".json", ".jinja", ".model", ".txt") and p.is_file()
-    )
+    return content_revision(_check_directory(reference), cache_directory)
+
+
+def content_revision(directory: Path, cache_directory: str) -> str:
+    """32 hex digits over the files of a local directory that decide what its model says."""
+    names = sorted(p for p in directory.iterdir() if p.suffix in _CONTENT and p.is_file())
     return _digest([f"{p.name}:{_file_hash(str(p), *_stamp(p), cache_directory)}" for p in names])
 
 
