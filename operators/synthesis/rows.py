@@ -98,7 +98,7 @@ class Account:
         self.ledger.kept += 1
         self.ledger.created += created
         self.ledger.rows_in += not created
-        self.languages[row["lang"] or "unknown"] += 1
+        self.languages[row.get("lang") or "unknown"] += 1
         self.operations[operation] += 1
         if example is not None and len(self.examples) < _EXAMPLES:
             self.examples.append(example)

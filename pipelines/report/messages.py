@@ -141,6 +141,7 @@ MESSAGES: dict[str, tuple[str, str]] = {
     "kind.mix": ("mix", "混合"),
     "kind.tokenizer": ("tokenizer", "分词器"),
     "kind.pack": ("pack", "打包"),
+    "kind.generate": ("generate", "生成"),
     "kind.self_instruct": ("self-instruct", "自我指令"),
     "kind.evol_instruct": ("evol-instruct", "指令进化"),
     "kind.preferences": ("preferences", "偏好"),

@@ -19,6 +19,7 @@ STAGES: dict[str, str] = {
     "tokenizer": "pipelines.stages.tokens:TokenizerStage",
     "pack": "pipelines.stages.tokens:PackStage",
     "conversations": "pipelines.stages.conversations:ConversationsStage",
+    "generate": "pipelines.stages.generate:GenerateStage",
     "self_instruct": "pipelines.stages.synthesis:SelfInstructStage",
     "evol_instruct": "pipelines.stages.synthesis:EvolInstructStage",
     "preferences": "pipelines.stages.preferences:PreferencesStage",

@@ -173,8 +173,17 @@ class GeneratingStage(Stage):
         if inside or not unit:
             self._close_unit(context, unit, unit in done, account, usage, schema)
 
-    def _close_unit(self, context: StageContext, unit: int, done: bool, account: Account, usage: Usage, schema: pa.Schema) -> None:
+    def _close_unit(
+        self,
+        context: StageContext,
+        unit: int,
+        done: bool,
+        account: Account,
+        usage: Usage,
+        schema: pa.Schema | Callable[[], pa.Schema],
+    ) -> None:
         if not done:
+            schema = schema if isinstance(schema, pa.Schema) else schema()
             self.commit(context, unit, account, schema, {**account.stats(), "usage": usage.to_json()})
 
     def commit(self, context: StageContext, unit: int, account: Account, schema: pa.Schema, stats: dict[str, Any]) -> None:

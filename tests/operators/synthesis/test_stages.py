@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -12,20 +11,14 @@ import pytest
 
 from operators import shards, tables
 from operators.config import SettingsError, parse
-from operators.stage import Stage, StageContext
 from operators.synthesis import heuristics
 from operators.synthesis.requests import Reply, Request
 from pipelines.stages.conversations import ConversationsStage
 from pipelines.stages.preferences import PreferencesStage
 from pipelines.stages.synthesis import EvolInstructStage, SelfInstructStage
+from tests.operators.synthesis.bench import Bench
 from tests.operators.synthesis.recorded import Recording, last
 
-SEED_TEXTS = ["Name a river in Asia.", "Tell a joke about cats.", "List two metals.", "Explain gravity briefly."]
-SEED_TEXTS += ["说出亚洲的一条河。", "讲一个关于猫的笑话。", "列出两种金属。", "简要解释重力。"]
-SEEDS = [
-    {"id": f"s{n}", "name": "", "instruction": text, "instances": [{"input": "", "output": "fine"}], "is_classification": False}
-    for n, text in enumerate(SEED_TEXTS)
-]
 TASKS = {
     "en": ["Describe the taste of sea salt", "Give advice for a first marathon", "Invent a holiday for librarians"],
     "zh": ["描述海盐的味道", "给第一次跑马拉松的人提建议", "为图书管理员设计一个节日"],
@@ -47,50 +40,6 @@ def play(request: Request) -> str | Reply:
     if request.sample == 3:
         return "same same same same same same same same same" if lang == "en" else "同同同同同同同同同同"
     return f"Well, {text.lower()}: here it is." if lang == "en" else f"好的，{text}，内容在此。"
-
-
-class Bench:
-    """Runs stages in a run directory with a recording as the engine."""
-
-    def __init__(self, root: Path) -> None:
-        self.run = root / "runs" / "test"
-        self.seeds = root / "seeds.jsonl"
-        self.seeds.write_text("".join(json.dumps(seed, ensure_ascii=False) + "\n" for seed in SEEDS), "utf-8")
-        self.directories: dict[str, str] = {}
-
-    def stage(
-        self, model: type[Stage], name: str, values: dict[str, Any], recording: Recording | None, **context: Any
-    ) -> shards.Manifest:
-        built = parse(model, {"kind": name.split("-")[0], **values}, name)
-        directory = str(self.run / name / "f0")
-        self.directories[name] = directory
-
-        def engine(settings: Any) -> Any:
-            if recording is None:
-                pytest.fail("everything is cached: the engine must not be started")
-            return recording
-
-        built.run(
-            StageContext(
-                name, built.kind, directory, "f0", built.model_dump(mode="json"),
-                {wanted: self.directories[wanted] for wanted in built.input_names()}, 17,
-                cache_directory=str(self.run.parent / ".cache"), services={"engine": engine}, **context,
-            )
-        )  # fmt: skip
-        return shards.load_manifest(directory)
-
-    def rows(self, name: str) -> list[dict[str, Any]]:
-        return [
-            row for part in shards.parts([self.directories[name]]) for _, batch in shards.read(part) for row in batch.to_pylist()
-        ]
-
-    def forget(self, name: str) -> dict[str, bytes]:
-        """Remove a stage's directory as if it had never run; returns its Parquet files."""
-        directory = Path(self.directories[name])
-        files = {str(p.relative_to(directory)): p.read_bytes() for p in sorted(directory.rglob("*.parquet"))}
-        for path in sorted(directory.rglob("*"), reverse=True):
-            path.rmdir() if path.is_dir() else path.unlink()
-        return files
 
 
 TASKS_STAGE = {"target": 6, "calls_per_round": 4, "max_rounds": 3, "languages": {"en": 0.5, "zh": 0.5}}
