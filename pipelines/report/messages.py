@@ -274,6 +274,7 @@ MESSAGES: dict[str, tuple[str, str]] = {
     "spending.drawn": ("Drawn anew", "新生成"),
     "spending.prefix": ("Prefix cache", "前缀缓存命中"),
     "spending.cost": ("Price", "费用"),
+    "spending.brief": ("{n} call, {tokens} tokens out|{n} calls, {tokens} tokens out", "{n} 次调用，生成 {tokens} 词元"),
     "spending.note": (
         "Calls and tokens are those behind the rows, the same however often a run was interrupted; “drawn anew” is what the "
         "last run of the stage did not find in the reply cache. Prices are those of the recipe.",

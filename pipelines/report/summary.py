@@ -9,6 +9,7 @@ from pipelines.report.accounts import accounts
 from pipelines.report.excerpts import sentence, visible
 from pipelines.report.figures import duration, number
 from pipelines.report.lineage import outcome
+from pipelines.report.spending import cost
 from pipelines.report.training import summaries
 from pipelines.report.view import RunView, StageView, load_run
 
@@ -60,6 +61,10 @@ def _note(stage: StageView, run: RunView) -> str:
     made = outcome(stage)
     if made is not None and made[0] != "lineage.rows":
         pieces.append(str(sentence(made[0], 0, n=number(made[1]))))
+    if calls := stage.count("calls"):
+        pieces.append(str(sentence("spending.brief", 0, n=number(calls), tokens=number(stage.count("completion_tokens")))))
+        if price := cost(stage.timings):
+            pieces.append(price)
     for row in summaries(run):
         if row.stage is stage and row.first_loss is not None:
             pieces.append(f"loss {number(row.first_loss)} → {number(row.last_loss)}")
