@@ -135,6 +135,10 @@ class Stage(Settings):
         """Paths or globs outside the run that the result depends on, as written in the recipe."""
         return []
 
+    def files_at(self, base_directory: str) -> list[str]:
+        """As `files`, for a stage whose files name further files, which can only be found from where paths are relative to."""
+        return self.files()
+
     def run(self, context: StageContext) -> None:
         """Write `context.directory` and end with `context.finish(...)`. Called again after a crash, it goes on."""
         raise NotImplementedError

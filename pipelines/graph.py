@@ -63,7 +63,7 @@ def plan(recipe: Recipe, run_directory: str, base_directory: str, limit: int | N
         stage = recipe.stages[name]
         config = stage.model_dump(mode="json")
         try:
-            identities = file_identities(stage.files(), base_directory)
+            identities = file_identities(stage.files_at(base_directory), base_directory)
         except FileNotFoundError as error:
             raise FileNotFoundError(f"stages.{name}: {error}") from None
         fingerprint = tables.content_hash(
