@@ -41,7 +41,7 @@ class EngineSettings(Settings):
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
         default="bfloat16", description="type of weights and activations"
     )
-    kv_cache_gb: int = Field(default=1, ge=1, description="memory for the key-value cache on CPU, GiB")
+    kv_cache_gb: float = Field(default=1, gt=0, description="memory for the key-value cache on CPU, GiB")
     gpu_memory: float = Field(default=0.9, gt=0, le=1, description="share of a GPU's memory that vLLM may take")
     cpu_threads: int = Field(default=0, ge=0, description="threads of an engine on CPU; 0 = all of the machine")
     cpus: float = Field(default=1, ge=0, description="logical Ray CPUs that a replica reserves")
@@ -277,7 +277,9 @@ class VllmSession:
 
 def check_engine(settings: EngineSettings) -> None:
     """Raises packaged.ModelError unless the model can be found; a stage's model and a server are not looked for here."""
-    if settings.endpoint is None and not settings.model.startswith("@"):
+    if settings.endpoint is not None:
+        settings.endpoint.key()  # that it may be sent
+    elif not settings.model.startswith("@"):
         check_model(settings.model)
 
 
