@@ -186,15 +186,24 @@ class GeneratingStage(Stage):
             schema = schema if isinstance(schema, pa.Schema) else schema()
             self.commit(context, unit, account, schema, {**account.stats(), "usage": usage.to_json()})
 
-    def commit(self, context: StageContext, unit: int, account: Account, schema: pa.Schema, stats: dict[str, Any]) -> None:
-        """Write an account as a committed unit. `stats` should hold the `usage` of the unit's replies."""
+    def commit(
+        self,
+        context: StageContext,
+        unit: int,
+        account: Account,
+        schema: pa.Schema,
+        stats: dict[str, Any],
+        extra: dict[str, Any] | None = None,
+    ) -> None:
+        """Write an account as a committed unit. `stats` should hold the `usage` of the unit's replies; `extra` goes into the
+        unit's record beside them, for a stage that reads it when it goes on."""
         if self.keep_replies:
             schema = schema.append(pa.field("replies", pa.list_(pa.large_string())))
         writer = shards.UnitWriter(context.directory, unit)
         try:
             writer.write(table_of(account.rows, schema))
             writer.reject(tables.rejects_table(account.rejects))
-            writer.commit(account.ledger, stats)
+            writer.commit(account.ledger, stats, extra)
         except BaseException:
             writer.abandon()
             raise
