@@ -23,6 +23,8 @@ def lint(recipe: Recipe) -> list[str]:
             warnings += [f"{where}: {text}" for text in _corpus(stage)]
         if stage.kind == "pack":
             warnings += [f"{where}: {text}" for text in _pack(stage)]
+        if stage.resource == "generate":
+            warnings += [f"{where}: {text}" for text in _generating(stage)]
     warnings += _chain(recipe)
     return warnings
 
@@ -60,6 +62,26 @@ def _pack(stage: Stage) -> list[str]:
     return []
 
 
+def _generating(stage: Stage) -> list[str]:
+    endpoint: Any = getattr(getattr(stage, "generator", None), "endpoint", None)
+    if endpoint is not None and getattr(stage, "max_generated_tokens", None) is None:
+        return ["asks a server without `max_generated_tokens`: a mistake in the recipe would be paid for in full"]
+    return []
+
+
+def _uncurated(recipe: Recipe, name: str) -> bool:
+    """True when rows that a model wrote reach a stage with no `curate` stage between."""
+    stage = recipe.stages[name]
+    if stage.kind == "curate":
+        return False
+    models = getattr(stage, "model_stages", list)()
+    return stage.resource == "generate" or any(
+        _uncurated(recipe, wanted)
+        for wanted in stage.input_names()
+        if wanted in recipe.stages and wanted not in models and recipe.stages[wanted].resource != "train"
+    )
+
+
 def _chain(recipe: Recipe) -> list[str]:
     found = []
     kinds = {stage.kind for stage in recipe.stages.values()}
@@ -67,6 +89,11 @@ def _chain(recipe: Recipe) -> list[str]:
     measured = {name for stage in recipe.stages.values() if stage.kind == "evaluate" for name in getattr(stage, "models", [])}
     for name in sorted(tuned - measured):
         found.append(f"stages.{name}: no evaluate stage measures it, so what it forgot stays unknown")
+    for name, stage in recipe.stages.items():
+        if stage.kind == "sft" and any(
+            _uncurated(recipe, wanted) for wanted in stage.input_names() if recipe.stages[wanted].resource != "train"
+        ):
+            found.append(f"stages.{name}: trains on rows that a model wrote and no `curate` stage has looked at")
     if "pack" in kinds and "dedup" not in kinds:
         found.append("no dedup stage: repeated documents cost steps and are memorised")
     return found

@@ -31,12 +31,12 @@ def danlu(directory: Path, *arguments: str) -> subprocess.Popen[str]:
     )
 
 
-def write_recipe(directory: Path, wait_s: float = 0.0, b: str = "") -> None:
+def write_recipe(directory: Path, wait_s: float = 0.0, b: str = "", ray: str = "true") -> None:
     (directory / "recipe.yaml").write_text(
         f"name: toy\nstages:\n"
-        f"  a: {{kind: '{TOY}', units: 3, wait_s: {wait_s}}}\n"
-        f"  b: {{kind: '{TOY}', input: [a], units: 6, wait_s: {wait_s}{b}}}\n"
-        f"  c: {{kind: '{TOY}', input: [b]}}\n",
+        f"  a: {{kind: '{TOY}', units: 3, wait_s: {wait_s}, ray: {ray}}}\n"
+        f"  b: {{kind: '{TOY}', input: [a], units: 6, wait_s: {wait_s}, ray: {ray}{b}}}\n"
+        f"  c: {{kind: '{TOY}', input: [b], ray: {ray}}}\n",
         encoding="utf-8",
     )
 
@@ -105,7 +105,7 @@ def test_ctrl_c_stops_cleanly_says_how_to_go_on_and_a_second_run_is_refused_mean
 
 
 def test_a_failing_stage_fails_the_run_by_name_and_an_edit_redoes_that_stage_and_those_after_it(tmp_path: Path) -> None:
-    write_recipe(tmp_path, b=", fail: 'the disk ate it'")
+    write_recipe(tmp_path, b=", fail: 'the disk ate it'", ray="false")
     code, _, err = finish(danlu(tmp_path, "run", "recipe.yaml"))
     assert code == 1
     assert "stage b" in err
@@ -113,7 +113,7 @@ def test_a_failing_stage_fails_the_run_by_name_and_an_edit_redoes_that_stage_and
     assert status(tmp_path) == {"a": "done", "b": "failed", "c": "pending"}
     (manifest,) = (tmp_path / "runs" / "toy" / "a").glob("*/manifest.json")
     before = manifest.stat().st_mtime_ns
-    write_recipe(tmp_path)
+    write_recipe(tmp_path, ray="false")
     code, _, err = finish(danlu(tmp_path, "run", "recipe.yaml"))
     assert code == 0, err
     assert "a: done before" in err
