@@ -164,6 +164,10 @@ class UnitWriter:
             return dict(json.loads(storage.read_bytes(path)))
         return record
 
+    def close_rejects(self) -> list[dict[str, Any]]:
+        """Publish the rejects alone, for a stage whose rows lie elsewhere; their entries for the unit's record."""
+        return self._streams["rejects"].close()
+
     def abandon(self) -> None:
         for stream in self._streams.values():
             stream.abandon()

@@ -1,10 +1,11 @@
-"""The export stage: rows of finished stages as files of one size, in Parquet, JSON Lines or a Hugging Face folder.
+"""The export stage: rows of finished stages as files of one size, in Parquet, JSON Lines, a Hugging Face folder, or chat formats.
 
 Each output file is a work unit: a supervised child reads its stretches of the inputs' parts, writes the file, and
 commits it. Nothing on the driver grows with the rows.
 
     data/NAME-KKKKK-of-NNNNN.parquet (or .jsonl.zst)      the rows
     README.md                                             the data card, for `huggingface`
+    dataset_info.json                                     what LLaMA-Factory is told, for `llama_factory`
     export.json                                           what was written: rows, bytes and SHA-256 of each file
 
 These lie in the stage's directory, where later stages may take Parquet files as their input (compaction), or below `path`.
@@ -22,16 +23,16 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import pyarrow as pa
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from cluster import storage
-from operators import shards
+from operators import shards, tables
 from operators.config import Settings, SettingsError
 from operators.dispatch import run_units
 from operators.ledger import Ledger
-from operators.sinks import card
+from operators.sinks import card, chat
 from operators.sinks.counts import count, merge_counts
-from operators.sinks.formats import check_json, make_sink
+from operators.sinks.formats import Sink, check_json, make_sink
 from operators.sinks.plan import measured_ratio, plan_files
 from operators.sinks.rows import Stretch, choose, conform, joint_schema, part_bytes, read_stretch
 from operators.stage import StageContext
@@ -41,10 +42,20 @@ from operators.supervise import Limits, Report, Task
 class ExportOptions(Settings):
     """What an export writes."""
 
-    format: Literal["parquet", "jsonl.zst", "huggingface"] = Field(
+    format: Literal["parquet", "jsonl.zst", "huggingface", "alpaca", "sharegpt", "messages", "dpo", "kto", "llama_factory"] = Field(
         "parquet",
         description="parquet: plain files; jsonl.zst: JSON Lines; huggingface: a folder that datasets.load_dataset reads, with "
-        "Parquet files and a data card (README.md)",
+        "Parquet files and a data card (README.md); the others are formats of chat data, for conversations, preference pairs and "
+        "labelled conversations: a row that does not fit is rejected with a reason",
+    )
+    container: chat.Container | None = Field(
+        None, description="files of a chat format: jsonl (the default), jsonl.zst, or parquet, where tools are JSON text"
+    )
+    formatting: Literal["alpaca", "sharegpt"] | None = Field(
+        None, description="llama_factory: shape of the rows; default: sharegpt, which holds system messages, tools and calls"
+    )
+    dataset_name: str | None = Field(
+        None, pattern=r"^[\w.-]+$", description="llama_factory: name in dataset_info.json; default: the stage's name"
     )
     path: str | None = Field(
         None,
@@ -58,6 +69,18 @@ class ExportOptions(Settings):
     title: str | None = Field(None, description="Title of the data card; default: the stage's name")
     description: str = Field("", description="What the data set is, for the data card (Markdown)")
     license: str | None = Field(None, description="Licence of the whole data set, as Hugging Face spells it (`cc-by-sa-4.0`)")
+
+    @model_validator(mode="after")
+    def _options_of_the_format(self) -> ExportOptions:
+        if self.format not in chat.FORMS and self.container is not None:
+            raise ValueError(f"`container` is for chat formats ({', '.join(chat.FORMS)})")
+        if self.format in chat.FORMS and self.columns is not None:
+            raise ValueError(f"`columns` cannot be chosen: `format: {self.format}` has its own")
+        if self.format != "llama_factory" and (self.formatting is not None or self.dataset_name is not None):
+            raise ValueError("`formatting` and `dataset_name` are for `format: llama_factory`")
+        if self.format == "llama_factory" and self.container == "jsonl.zst":
+            raise ValueError("LLaMA-Factory does not read .jsonl.zst: take `container: jsonl` or `parquet`")
+        return self
 
 
 def run_export(context: StageContext, options: ExportOptions, directories: Sequence[str], limits: Limits) -> None:
@@ -76,6 +99,7 @@ def run_export(context: StageContext, options: ExportOptions, directories: Seque
             "stretches": stretches,
             "schema": plan["schema"],
             "format": options.format,
+            "chat": plan["chat"],
             "level": options.compression_level,
             "directory": context.directory,
             "destination": destination,
@@ -92,6 +116,9 @@ def run_export(context: StageContext, options: ExportOptions, directories: Seque
     if options.format == "huggingface":
         page = card.render(options, context, schema, written, merged, directories)
         storage.write_bytes(storage.join(destination, "README.md"), page.encode())
+    if options.format == "llama_factory":
+        listing = chat.dataset_info(options.dataset_name or context.stage, plan["chat"]["formatting"], plan["chat"]["table"])
+        storage.write_bytes(storage.join(destination, "dataset_info.json"), listing)
     if options.path is not None:
         _settle(destination, context.fingerprint, written)
     export = {
@@ -112,7 +139,8 @@ def write_file(task: Task, report: Report) -> dict[str, Any]:
     started, cpu = time.time(), time.process_time()
     schema = _from_text(given["schema"])
     local = storage.scratch_file(given["destination"])  # on the disk where it is to lie
-    sink = make_sink(given["format"], local, schema, given["level"])
+    sink = _sink(given["format"], given["chat"], given["level"], local, schema)
+    rejects = shards.UnitWriter(given["directory"], index)
     rows, counts = 0, dict[str, Any]()
     try:
         for stretch in (Stretch(**item) for item in given["stretches"]):
@@ -122,21 +150,30 @@ def write_file(task: Task, report: Report) -> dict[str, Any]:
                 sink.write(table)
                 rows += table.num_rows
                 counts = merge_counts(counts, count(table))
+                if isinstance(sink, chat.ChatSink):
+                    rejects.reject(tables.rejects_table(sink.rejects))
+                    sink.rejects.clear()
                 report.alive()
         sink.close()
+        set_aside = rejects.close_rejects()
     except BaseException:
         sink.abandon()
+        rejects.abandon()
         os.unlink(local)
         raise
-    entry = {"name": name, "rows": rows, "bytes": os.path.getsize(local), "sha256": storage.sha256_of(local)}
+    ledger = Ledger(rows_in=rows, kept=rows)
+    if isinstance(sink, chat.ChatSink):  # of a pair KTO has two rows
+        kept = sink.made
+        ledger = Ledger(rows, max(0, kept + sink.rejected.total() - rows), kept, sink.rejected)
+    entry = {"name": name, "rows": ledger.kept, "bytes": os.path.getsize(local), "sha256": storage.sha256_of(local)}
     storage.publish(local, storage.join(given["destination"], name))
     # Parquet in the stage's own directory is what later stages read; everything else is only listed.
-    inside = given["destination"] == given["directory"] and given["format"] != "jsonl.zst"
+    inside = given["destination"] == given["directory"] and given["format"] in ("parquet", "huggingface")
     record = {
         "unit": index,
         "parts": [entry] if inside else [],
-        "rejects": [],
-        "ledger": Ledger(rows_in=rows, kept=rows).to_json(),
+        "rejects": set_aside,
+        "ledger": ledger.to_json(),
         "stats": {},
         "counts": counts,
         "file": entry,
@@ -155,25 +192,39 @@ def _plan(context: StageContext, options: ExportOptions, parts: Sequence[shards.
     """The schema and the stretches of every file; made once, so that a run that goes on later keeps to it."""
     path = storage.join(context.directory, "plan.json")
     if not storage.exists(path):
-        schema = choose(joint_schema([part.path for part in parts]), options.columns, f"stage {context.stage}: columns")
+        joint, form, chosen, wanted = joint_schema([part.path for part in parts]), _chat_form(options), None, options.columns
+        if form is not None:
+            table = chat.table_for(form, joint.names, f"stage {context.stage}")
+            wanted = chat.columns_of(table, joint.names)
+            formatting, container = options.formatting or "sharegpt", options.container or "jsonl"
+            chosen = {"table": table, "form": form, "formatting": formatting, "container": container}
+        schema = choose(joint, wanted, f"stage {context.stage}: columns")
         if options.format == "jsonl.zst":
             check_json(schema)
-        sink = functools.partial(_sink, options)
+        sink = functools.partial(_sink, options.format, chosen, options.compression_level)
         ratio = measured_ratio(parts, schema, sink, context.directory)
         share = [part.kept_rows / max(1, part.rows) for part in parts]
         files = plan_files(parts, part_bytes(parts) * share * ratio, options.target_bytes)
-        plan = {"schema": _to_text(schema), "files": [[stretch.__dict__ for stretch in file] for file in files]}
+        plan = {"schema": _to_text(schema), "chat": chosen, "files": [[stretch.__dict__ for stretch in file] for file in files]}
         storage.create_if_absent(path, _json(plan))
     return dict(json.loads(storage.read_bytes(path)))
 
 
-def _sink(options: ExportOptions, path: str, schema: pa.Schema) -> Any:
-    return make_sink(options.format, path, schema, options.compression_level)
+def _sink(format_: str, chosen: dict[str, Any] | None, level: int, path: str, schema: pa.Schema) -> Sink:
+    if chosen is None:
+        return make_sink(format_, path, schema, level)
+    return chat.ChatSink(path, **chosen, level=level)
+
+
+def _chat_form(options: ExportOptions) -> chat.Written | None:
+    return next((form for form in chat.FORMS if form == options.format), None)
 
 
 def _file_name(options: ExportOptions, index: int, count: int) -> str:
     stem = options.split if options.format == "huggingface" else "part"
     ending = "jsonl.zst" if options.format == "jsonl.zst" else "parquet"
+    if _chat_form(options) is not None:
+        ending = options.container or "jsonl"
     return f"data/{stem}-{index:05d}-of-{count:05d}.{ending}"
 
 

@@ -12,7 +12,7 @@ from operators.supervise import Limits
 
 
 class ExportStage(ExportOptions, Stage):
-    """Writes the rows that its inputs kept to files of one size: Parquet, JSON Lines, or a Hugging Face folder.
+    """Writes the rows that its inputs kept to files of one size: Parquet, JSON Lines, a Hugging Face folder, or chat formats.
 
     Rows keep the order of the inputs, and duplicates that a dedup stage removed stay out. The same rows go into the same
     files whatever the number of workers. Without `path`, Parquet files lie in the run's directory and later stages may

@@ -12,7 +12,7 @@ import pyarrow as pa
 
 from operators import tables
 from operators.synthesis.formats import alpaca, labels, llama_factory, messages, pairs, sharegpt
-from operators.synthesis.formats.fields import Row, RowError
+from operators.synthesis.formats.fields import Row, RowError, language
 from operators.synthesis.formats.labels import LABELLED
 from operators.synthesis.formats.llama_factory import Dataset, Formatting
 from operators.synthesis.requests import Reject
@@ -60,9 +60,8 @@ def parse_row(row: Mapping[str, Any], form: Format | Dataset, source: str, numbe
     named = isinstance(own, str | int) and not isinstance(own, bool) and own != ""
     identity = str(own) if named else tables.stable_id(source, number)
     try:
-        if isinstance(form, Dataset):
-            return list(llama_factory.read(form, row, identity))
-        return list(READERS[form](row, identity))
+        read = llama_factory.read(form, row, identity) if isinstance(form, Dataset) else READERS[form](row, identity)
+        return [{**found, "lang": language(found)} for found in read]
     except RowError as error:
         return Reject(error.reason, detail=f"{source}, row {number}: {error}")
 

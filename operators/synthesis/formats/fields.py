@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
-
-from operators.synthesis.heuristics import language_of, script_share
 
 Row = dict[str, Any]
 Message = dict[str, str]
 
+_HAN = re.compile("[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]")
+_ASCII_LETTER = re.compile("[A-Za-z]")
 _LANGUAGE_CHARACTERS = 4000  # of each message: enough to tell the language
 
 
@@ -53,8 +55,25 @@ def spelled(value: Any) -> str:
 
 
 def parsed(written: str) -> Any:
-    """The value of JSON text. Raises ValueError, also for an object that has one key twice: one of the two would be lost."""
-    return json.loads(written, object_pairs_hook=_unique)
+    """The value of JSON text.
+
+    Raises ValueError, also for what would not come back: a key twice in one object, an integer of more than 64 bits, NaN.
+    """
+    return json.loads(written, object_pairs_hook=_unique, parse_int=_integer, parse_float=_number, parse_constant=_number)
+
+
+def _integer(digits: str) -> int:
+    value = int(digits) if len(digits) <= 20 else 1 << 64
+    if not -(1 << 63) <= value < 1 << 64:
+        raise ValueError(f"the number {digits[:40]} does not fit 64 bits")
+    return value
+
+
+def _number(digits: str) -> float:
+    value = float(digits)
+    if not math.isfinite(value):
+        raise ValueError(f"the number {digits[:40]} is not finite")
+    return value
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -84,17 +103,16 @@ def conversation(identity: str, messages: list[Message], tool_text: str | None =
 
 
 def checked(row: Row) -> Row:
-    """The row with its language, if there is something to learn from it. Raises RowError."""
+    """The row, if there is something to learn from it. Raises RowError."""
     messages = row["messages"]
     _prompted(messages)
     if not any(message["role"] in ("assistant", "function_call") and message["content"].strip() for message in messages):
         raise RowError("no_reply", "no assistant message with content")
-    row["lang"] = language(messages)
     return row
 
 
 def checked_pair(row: Row) -> Row:
-    """A row of PREFERENCES with its language, if its replies answer a prompt and differ. Raises RowError."""
+    """A row of PREFERENCES, if its replies answer a prompt and differ. Raises RowError."""
     _prompted(row["prompt"])
     if row["prompt"][-1]["role"] not in ("user", "tool"):
         raise RowError("no_prompt", f"the prompt ends with a message of {row['prompt'][-1]['role']!r}, not of the user")
@@ -106,7 +124,6 @@ def checked_pair(row: Row) -> Row:
             raise RowError("malformed", f"{side!r} begins with a message of {found[0]['role']!r}, not of the assistant")
     if row["chosen"] == row["rejected"]:
         raise RowError("tie", "chosen and rejected are the same")
-    row["lang"] = language([*row["prompt"], *row["chosen"]])
     return row
 
 
@@ -115,8 +132,14 @@ def _prompted(messages: list[Message]) -> None:
         raise RowError("no_prompt", "no user message with content")
 
 
-def language(messages: list[Message]) -> str | None:
-    """`en` or `zh` by the letters of the messages, None where they are neither."""
+def language(row: Mapping[str, Any]) -> str | None:
+    """`en` or `zh` by the letters of the messages, None where they are neither.
+
+    The decisions of heuristics.language_of and script_share, with the letters counted once.
+    """
+    messages = row["messages"] if "messages" in row else [*row["prompt"], *row["chosen"]]
     joined = "\n".join(message["content"][:_LANGUAGE_CHARACTERS] for message in messages)
-    found = language_of(joined)
-    return found if found == "zh" or script_share(joined, "en") >= 0.9 else None
+    letters = sum(map(str.isalpha, joined))
+    if letters and len(_HAN.findall(joined)) >= 0.2 * letters:
+        return "zh"
+    return "en" if round(len(_ASCII_LETTER.findall(joined)) / letters if letters else 1.0, 6) >= 0.9 else None

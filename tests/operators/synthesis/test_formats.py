@@ -11,9 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from operators.synthesis import formats
+from operators.synthesis import formats, heuristics
 from operators.synthesis.conversations import read_rows
 from operators.synthesis.formats import RowError, calls, parse_row, write
+from operators.synthesis.formats.fields import language
 from operators.synthesis.requests import Reject
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=40)
@@ -362,3 +363,10 @@ def test_a_format_is_told_only_where_it_is_the_only_one(row: dict[str, Any], for
             formats.detect(row)
     else:
         assert formats.detect(row) == form
+
+
+@given(st.text(max_size=30))
+def test_the_language_of_a_row_is_that_of_its_letters(text: str) -> None:
+    found = language({"messages": [{"role": "user", "content": text}]})
+    expected = heuristics.language_of(text)
+    assert found == (expected if expected == "zh" or heuristics.script_share(text, "en") >= 0.9 else None)
