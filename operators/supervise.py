@@ -27,9 +27,11 @@ from typing import Any
 
 import psutil
 
+from cluster.startup import defer_pandas
 from operators.config import SettingsError
 
 _POLL_S = 0.1
+_START_S = 60.0  # a child may take this long to say its first word
 
 READING = "while reading: "
 """How the failure of a row begins in `Task.set_aside` when its reader failed, not the work on what was read."""
@@ -106,6 +108,7 @@ class Supervisor:
     def __init__(self, target: str, limits: Limits) -> None:
         self._target, self._limits = target, limits
         self._child: subprocess.Popen[bytes] | None = None
+        self._awake = False  # whether the child has said its first word: a busy machine may take long to start it
         self._buffer = b""
 
     def run(self, arguments: dict[str, Any]) -> Any:
@@ -189,6 +192,7 @@ class Supervisor:
             line, open_pipe = self._read_line(child)
             if line is not None:
                 heard = time.monotonic()
+                self._awake = True
                 answer = json.loads(line)
                 if "rows" in answer:
                     rows = tuple(answer["rows"]) if answer["rows"] else None
@@ -202,7 +206,7 @@ class Supervisor:
                 continue
             if not open_pipe:
                 return self._ended(child, rows, "", phase)
-            if time.monotonic() - heard > self._limits.deadline_s:
+            if time.monotonic() - heard > (self._limits.deadline_s if self._awake else max(_START_S, self._limits.deadline_s)):
                 return self._ended(child, rows, f"no progress for {self._limits.deadline_s:.0f} s", phase)
             if _resident(child.pid) > self._limits.memory_bytes:
                 return self._ended(child, rows, f"memory above {self._limits.memory_bytes >> 20} MiB", phase)
@@ -235,7 +239,7 @@ class Supervisor:
     def _ensure_child(self) -> subprocess.Popen[bytes]:
         if self._child is None or self._child.poll() is not None:
             self.close()
-            self._buffer = b""
+            self._buffer, self._awake = b"", False
             environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)}
             self._child = subprocess.Popen(
                 [sys.executable, "-m", "operators.supervise"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment
@@ -257,6 +261,7 @@ def _brief(arguments: dict[str, Any]) -> str:
 
 def serve() -> None:
     """The child: do tasks until standard input closes, which it also does when the parent dies."""
+    defer_pandas()
     channel = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
     lock = threading.Lock()
@@ -277,6 +282,7 @@ def serve() -> None:
         os._exit(0)  # the parent is gone: whatever is in work will be done again from its unit
 
     threading.Thread(target=listen, daemon=True).start()
+    send({"rows": None})
     while True:
         with arrived:
             arrived.wait_for(lambda: bool(pending))

@@ -74,7 +74,7 @@ def _uncurated(recipe: Recipe, name: str) -> bool:
     stage = recipe.stages[name]
     if stage.kind == "curate":
         return False
-    models = getattr(stage, "model_stages", list)()
+    models: list[str] = getattr(stage, "model_stages", list)()
     return stage.resource == "generate" or any(
         _uncurated(recipe, wanted)
         for wanted in stage.input_names()

@@ -17,6 +17,7 @@ from typing import Any
 from rich.console import Console
 
 from cluster import storage
+from cluster.startup import defer_pandas
 from operators.config import SettingsError
 from operators.stage import Cancelled
 
@@ -27,6 +28,7 @@ _ERR = Console(stderr=True, highlight=False, soft_wrap=True)
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     parsed = _parser().parse_args(arguments)
+    defer_pandas()
     try:
         return int(parsed.run(parsed))
     except (SettingsError, FileNotFoundError, PermissionError, NotADirectoryError) as error:
