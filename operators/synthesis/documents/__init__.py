@@ -1,0 +1,1 @@
+"""Instruction data from documents: chunks, key points, question and answer pairs or dialogues, and the checks on them."""
