@@ -30,6 +30,20 @@ OPERATORS: dict[str, str] = {
     "decontaminate": "operators.decontaminate.operator:Decontaminate",
     "redact_pii": "operators.text.pii:RedactPii",
     "score_quality": "operators.quality.scorer:ScoreQuality",
+    "vague_reference": "operators.synthesis.curate.vague_reference:VagueReference",
+    "time_sensitive": "operators.synthesis.curate.time_sensitive:TimeSensitive",
+    "malformed_reply": "operators.synthesis.curate.malformed:MalformedReply",
+    "unsupported_numbers": "operators.synthesis.curate.unsupported_numbers:UnsupportedNumbers",
+    "stock_phrases": "operators.synthesis.curate.stock_phrases:StockPhrases",
+    "illegal_keywords": "operators.synthesis.curate.illegal_keywords:IllegalKeywords",
+    "garbled_reply": "operators.synthesis.curate.garble:GarbledReply",
+    "token_length": "operators.synthesis.curate.token_length:TokenLength",
+    "instruction_difficulty": "operators.synthesis.curate.difficulty:InstructionDifficulty",
+    "refusal_share": "operators.synthesis.curate.refusals:RefusalShare",
+    "opening_diversity": "operators.synthesis.curate.openings:OpeningDiversity",
+    "contradictions": "operators.synthesis.curate.contradictions:Contradictions",
+    "near_repeats": "operators.synthesis.curate.repeats:NearRepeats",
+    "reply_repeats": "operators.synthesis.curate.repeats:ReplyRepeats",
 }
 
 

@@ -242,6 +242,27 @@ def shingle_sets(
     return _unique_rows(hashes, counts)
 
 
+def repeated_share(texts: pa.Array | pa.ChunkedArray, words: int = 5, characters: int = 5) -> np.ndarray:
+    """float64[rows]: the share of each text's shingles that occurred before in it; 0 where it has none."""
+    data, offsets = compose(texts, code_table())
+    rows = len(offsets) - 1
+    counts, units = np.zeros(rows, np.int64), units_of(None, rows, AUTO)
+    _collect(
+        data,
+        offsets,
+        code_table(),
+        ascii_bytes(code_table(), False),
+        units,
+        words,
+        characters,
+        False,
+        counts,
+        np.empty(0, np.uint64),
+    )
+    distinct = np.diff(shingle_sets(texts, words, characters)[1])
+    return 1 - np.where(counts > 0, distinct / np.maximum(counts, 1), 1.0)
+
+
 @nb.njit(cache=True, nogil=True)
 def _unique_rows(hashes: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     offsets = np.zeros(len(counts) + 1, np.int64)

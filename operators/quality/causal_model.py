@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import os
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -111,17 +112,33 @@ def losses(
         if loaded.start is not None:
             found = np.r_[loaded.start, found]
         windows += [(row, found[begin:end], first) for begin, end, first in _windows(len(found), context, stride)]
-    windows.sort(key=lambda item: -len(item[1]))  # stable: texts in order among equals
-    total, count = np.zeros(len(texts)), np.zeros(len(texts), np.int64)
-    begin = 0
-    while begin < len(windows):
-        size = max(1, batch_tokens // len(windows[begin][1]))
-        batch = windows[begin : begin + size]
-        for (row, tokens, first), sums in zip(batch, _run(loaded, batch), strict=True):
-            total[row] += sums
-            count[row] += len(tokens) - first
-        begin += size
+    total, count = _sums(loaded, windows, len(texts), batch_tokens), np.zeros(len(texts), np.int64)
+    for row, tokens, first in windows:
+        count[row] += len(tokens) - first
     return total, count
+
+
+def sequence_losses(loaded: Loaded, sequences: Sequence[tuple[np.ndarray, int]], batch_tokens: int = 2048) -> np.ndarray:
+    """float64[sequences], summed negative log-likelihood in nats of the tokens from a place on, given those before.
+
+    A sequence is (token ids int64, index of the first that is predicted, at least 1); it must fit the model's context.
+    """
+    windows = [(row, tokens, first) for row, (tokens, first) in enumerate(sequences)]
+    return _sums(loaded, windows, len(windows), batch_tokens)
+
+
+def _sums(loaded: Loaded, windows: list[tuple[int, np.ndarray, int]], rows: int, batch_tokens: int) -> np.ndarray:
+    """float64[rows]: the losses of windows (row, tokens, first predicted one), added up; run in batches of similar length."""
+    total = np.zeros(rows)
+    ordered = sorted(windows, key=lambda item: -len(item[1]))  # stable: rows in order among equals
+    begin = 0
+    while begin < len(ordered):
+        size = max(1, batch_tokens // len(ordered[begin][1]))
+        batch = ordered[begin : begin + size]
+        for (row, _, _), sums in zip(batch, _run(loaded, batch), strict=True):
+            total[row] += sums
+        begin += size
+    return total
 
 
 def _windows(length: int, context: int, stride: int) -> list[tuple[int, int, int]]:
