@@ -12,6 +12,7 @@ batch. What a flow returns depends on its own replies alone.
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
+from dataclasses import replace
 from typing import Generic, TypeVar
 
 from operators.synthesis.requests import Reject, Reply, Request
@@ -48,7 +49,7 @@ def attempt(render: Callable[[int], Request], parse: Callable[[Reply], T | Rejec
         raise ValueError(f"attempts must be at least 1, got {attempts}")
     result: T | Reject = Reject("malformed")
     for number in range(attempts):
-        reply = yield from ask(render(number))
+        reply = yield from ask(_numbered(render(number), number))
         unanswered = reply.unanswered
         if unanswered is not None:
             return unanswered
@@ -56,6 +57,11 @@ def attempt(render: Callable[[int], Request], parse: Callable[[Reply], T | Rejec
         if not isinstance(result, Reject) or result.reason not in MALFORMED:
             return result
     return result
+
+
+def _numbered(request: Request, number: int) -> Request:
+    """The request of an attempt, marked where it is not the first, so that redraws are counted."""
+    return replace(request, redraw=True) if number else request
 
 
 def attempt_all(
@@ -67,7 +73,7 @@ def attempt_all(
     results: list[T | Reject] = [Reject("malformed")] * len(renders)
     left = list(range(len(renders)))
     for number in range(attempts):
-        replies = yield from ask_all([renders[place](number) for place in left])
+        replies = yield from ask_all([_numbered(renders[place](number), number) for place in left])
         for place, reply in zip(left, replies, strict=True):
             results[place] = reply.unanswered or parses[place](reply)
         left = [place for place in left if isinstance(found := results[place], Reject) and found.reason in MALFORMED]

@@ -11,7 +11,7 @@ from typing import Any, Generic, TypeVar
 
 from operators.synthesis.cache import ReplyCache
 from operators.synthesis.flow import Flow, ask
-from operators.synthesis.requests import PROMPT_TOO_LONG, EngineError, EngineSession, Reply, Request, TextEngine
+from operators.synthesis.requests import PROMPT_TOO_LONG, REFUSED, EngineError, EngineSession, Reply, Request, TextEngine
 
 T = TypeVar("T")
 
@@ -22,20 +22,29 @@ _POLL_S = 0.5  # cancelling, and a source that had nothing yet, are looked at th
 
 @dataclass
 class Usage:
-    """What the replies of one or many flows cost, cached ones included: the same however often the run was interrupted."""
+    """What the replies of one or many flows cost, cached ones included: the same however often the run was interrupted.
+
+    `prompt_tokens` are those that a model has read: not those of prompts that were too long. `retried`: calls that drew
+    again what was malformed the first time.
+    """
 
     calls: int = 0
     prompt_tokens: int = 0
     completion_tokens: int = 0
     truncated: int = 0
     prompt_too_long: int = 0
+    refused: int = 0
+    retried: int = 0
 
-    def add(self, reply: Reply) -> None:
+    def add(self, reply: Reply, redraw: bool = False) -> None:
+        too_long = reply.finish_reason == PROMPT_TOO_LONG
         self.calls += 1
-        self.prompt_tokens += reply.prompt_tokens
+        self.prompt_tokens += 0 if too_long else reply.prompt_tokens
         self.completion_tokens += reply.completion_tokens
         self.truncated += reply.truncated
-        self.prompt_too_long += reply.finish_reason == PROMPT_TOO_LONG
+        self.prompt_too_long += too_long
+        self.refused += reply.finish_reason == REFUSED
+        self.retried += redraw
 
     def merge(self, other: Usage) -> None:
         for item in fields(self):
@@ -66,7 +75,8 @@ class _Playing(Generic[T]):
         self.number, self.bound, self.flow = number, bound, flow
         self.usage = Usage()
         self.asked_tokens = 0
-        self.step: list[Reply | None] = []  # replies of the step in progress
+        self.requests: list[Request] = []  # of the step in progress
+        self.step: list[Reply | None] = []  # their replies
         self.missing = 0
         self.history: list[Reply] = []
 
@@ -117,11 +127,19 @@ class Generator:
 
         A flow comes with the most completion tokens that it may ask for (the sum over its requests of `max_tokens`). A
         source may yield None for "nothing yet": what is under way goes on and the source is asked again, so it may wait
-        for outcomes that this very iterator has given. Memory is bounded: a few thousand flows are open at once.
+        for outcomes that this very iterator has given. Memory is bounded: a few thousand flows are open at once, and no
+        flow is opened while as many requests are outstanding.
 
-        Under a cap, flow i is played if what the flows before it really used and the most that it may use fit, and once
-        one is left out all after it are. Flows are admitted as soon as that is certain, so which ones are depends on the
-        replies alone. Raises Cancelled, EngineError, OSError (the cache cannot be written).
+        Under a cap, flow i is played if U(i) + b(i) <= cap, where U(i) is what the flows before it use in all and b(i) the
+        most that it may use, and once one is left out all after it are. Which ones are played depends on the replies
+        alone: flow i is admitted early only if (used by flows that have ended) + (the most that open ones may use) + b(i)
+        <= cap, which is at least U(i) + b(i) because each flow uses at most what it announced; otherwise it waits until
+        no flow is open, when U(i) is known and decides. Hence nothing ever exceeds the cap either. This needs an engine
+        that keeps `max_tokens`: one that does not can pass the cap by what it adds to the flows then open.
+
+        A refusal that cost nothing is not kept in the cache, so that it is asked again once the server has been mended.
+        Raises Cancelled, EngineError, OSError (the cache cannot be written) and what a flow or the source raises; replies
+        received until then are kept.
         """
         play: _Play[T] = _Play(self, iter(flows))
         try:
@@ -139,7 +157,7 @@ class _Play(Generic[T]):
         self._held: tuple[int, Flow[T]] | None = None  # taken from the source, waiting for room under the cap
         self._engine: TextEngine | None = None
         self._session: EngineSession | None = None
-        self._window = 256  # flows open at once, until an engine says how many it wants
+        self._window = 256  # flows open, and requests outstanding, until an engine says how many it wants
         self._live: dict[int, _Playing[T]] = {}
         self._done: dict[int, Outcome[T]] = {}
         self._admitted = self._given = 0
@@ -157,10 +175,12 @@ class _Play(Generic[T]):
             idle = self._admit()
             if self._outbox:
                 self._send()
+            self._save_if_due()
             while self._given in self._done:
                 outcome = self._done.pop(self._given)
                 self._given += 1
                 yield outcome
+                self._save_if_due()
                 idle = False
             if self._ended and not self._live:
                 if self._given == self._admitted and self._held is None:
@@ -175,7 +195,7 @@ class _Play(Generic[T]):
 
     def _admit(self) -> bool:
         """Open flows while there is room; True when the source had nothing to give at present."""
-        while len(self._live) < self._window and len(self._done) < _AHEAD * self._window:
+        while max(len(self._live), len(self._keys)) < self._window and len(self._done) < _AHEAD * self._window:
             if self._held is None:
                 if self._ended:
                     return False
@@ -229,6 +249,7 @@ class _Play(Generic[T]):
             playing.asked_tokens += sum(request.sampling.max_tokens for request in requests)
             if playing.asked_tokens > playing.bound:
                 raise RuntimeError(f"a flow asks for {playing.asked_tokens} tokens and was announced with {playing.bound}")
+            playing.requests = list(requests)
             playing.step = [None] * len(requests)
             playing.missing = 0
             for place, request in enumerate(requests):
@@ -253,8 +274,8 @@ class _Play(Generic[T]):
 
     def _complete(self, playing: _Playing[T]) -> list[Reply]:
         replies = [reply for reply in playing.step if reply is not None]
-        for reply in replies:
-            playing.usage.add(reply)
+        for request, reply in zip(playing.requests, replies, strict=True):
+            playing.usage.add(reply, request.redraw)
         if self._generator.keep_replies:
             playing.history += replies
         return replies
@@ -281,21 +302,27 @@ class _Play(Generic[T]):
             key = self._keys.pop(number)
             generator.drawn.add(reply)
             generator.prefix_tokens += reply.cached_tokens
-            self._unsaved.append((key, reply))
-            self._unsaved_by_key[key] = reply
+            if reply.finish_reason != REFUSED or reply.completion_tokens:
+                self._unsaved.append((key, reply))
+                self._unsaved_by_key[key] = reply
             for playing, place in self._asked.pop(key):
                 playing.step[place] = reply
                 playing.missing -= 1
                 if not playing.missing:
                     ready.append(playing)
-        if len(self._unsaved) >= _SYNC_REPLIES or time.monotonic() - self._saved_at >= _SYNC_S:
-            self._save()
+        self._save_if_due()
         for playing in ready:
             self._advance(playing, self._complete(playing))
 
+    def _save_if_due(self) -> None:
+        if not self._unsaved:
+            self._saved_at = time.monotonic()
+        elif len(self._unsaved) >= _SYNC_REPLIES or time.monotonic() - self._saved_at >= _SYNC_S:
+            self._save()
+
     def _save(self) -> None:
-        unsaved, self._unsaved, self._unsaved_by_key = self._unsaved, [], {}
-        self._generator.cache.put(unsaved)
+        self._generator.cache.put(self._unsaved)
+        self._unsaved, self._unsaved_by_key = [], {}
         self._saved_at = time.monotonic()
 
     def _check_cancelled(self) -> None:
@@ -310,10 +337,12 @@ class _Play(Generic[T]):
             if self._unsaved:
                 self._save()
         finally:
-            for playing in self._live.values():
-                playing.flow.close()
             if self._session is not None:
                 self._session.close()
+            for playing in self._live.values():
+                playing.flow.close()
+            if self._held is not None:
+                self._held[1].close()
 
 
 __all__ = ["EngineError", "Generator", "Outcome", "Usage"]

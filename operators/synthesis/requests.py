@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from pydantic import Field
@@ -46,6 +46,7 @@ class Request:
     sample: int = 0  # number of this sample among several of one prompt
     json_schema: str | None = None
     model: str = ""  # revision of the model to ask, where it is not the stage's own generator (see operators.synthesis.routing)
+    redraw: bool = field(default=False, compare=False)  # asks again what was malformed: counted, not part of the key
 
     def key(self, revision: str) -> str:
         """32 hex digits that name the reply: model revision (weights, tokenizer and chat template, hence the rendered

@@ -134,6 +134,7 @@ class GeneratingStage(Stage):
         done = shards.committed_units(context.directory)
         for record in done.values():
             generator.usage.merge(Usage.from_json(record["stats"].get("usage", {})))
+            generator.capped |= bool(record.get("capped"))
         waiting: deque[Row] = deque()  # rows whose outcome is still to come, in order
 
         def flows() -> Iterator[tuple[int, Flow[Account]] | None]:
@@ -150,11 +151,12 @@ class GeneratingStage(Stage):
                     yield 0, _settled()
                 number += 1
 
-        unit, inside = 0, 0
+        unit, inside, capped = 0, 0, False
         account, usage = Account(self.kind), Usage()
         for outcome in generator.run(flows()):
             row = waiting.popleft()
             if unit not in done:
+                capped = capped or not outcome.admitted
                 if outcome.value is None:
                     unasked(row, account)
                 else:
@@ -167,11 +169,11 @@ class GeneratingStage(Stage):
                 usage.merge(outcome.usage)
             inside += 1
             if inside == unit_rows:
-                self._close_unit(context, unit, unit in done, account, usage, schema)
+                self._close_unit(context, unit, unit in done, account, usage, schema, capped)
                 unit, inside, account, usage = unit + 1, 0, Account(self.kind), Usage()
                 context.check_cancelled()
         if inside or not unit:
-            self._close_unit(context, unit, unit in done, account, usage, schema)
+            self._close_unit(context, unit, unit in done, account, usage, schema, capped)
 
     def _close_unit(
         self,
@@ -181,10 +183,11 @@ class GeneratingStage(Stage):
         account: Account,
         usage: Usage,
         schema: pa.Schema | Callable[[], pa.Schema],
+        capped: bool,
     ) -> None:
         if not done:
             schema = schema if isinstance(schema, pa.Schema) else schema()
-            self.commit(context, unit, account, schema, {**account.stats(), "usage": usage.to_json()})
+            self.commit(context, unit, account, schema, {**account.stats(), "usage": usage.to_json()}, {"capped": capped})
 
     def commit(
         self,
