@@ -14,7 +14,7 @@ from functools import lru_cache
 from pydantic import Field
 
 from operators.config import Settings
-from operators.synthesis.novelty import tokenize
+from operators.synthesis.novelty import rouge_l, tokenize
 from operators.synthesis.requests import Reject
 
 _HAN = re.compile("[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]")
@@ -149,6 +149,15 @@ def check_instance(instruction: str, given: str, output: str, lang: str, min_scr
     repetition = repeated_share(output)
     if repetition > 0.5:
         return Reject("repetitive", repetition)
+    return None
+
+
+def check_input(instruction: str, given: str, lang: str) -> Reject | None:
+    """Why an input that was written for a task is none, or None: it repeats the task, or is in another language's script."""
+    if given and rouge_l(instruction, given) >= 0.8:
+        return Reject("input_is_instruction")
+    if refuses(given):
+        return Reject("refusal")
     return None
 
 

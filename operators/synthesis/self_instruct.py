@@ -1,208 +1,137 @@
 """Self-Instruct (Wang et al. 2023, arXiv 2212.10560): new tasks bootstrapped from a handful of human-written ones.
 
-A round asks for tasks with examples drawn from the seeds and from what was accepted before, sets aside what the rules
-or the novelty test reject, decides which of the rest are classification tasks, and generates instances: the output
-first for classification, the input first otherwise. Replies are judged in the order of their requests, so rows do not
-depend on the order of completion.
+A round asks for tasks with examples drawn from the seeds and from what was accepted in earlier rounds, sets aside what
+the rules or the novelty test reject, decides which of the rest are classification tasks, and generates instances: the
+output first for classification, the input first otherwise. Alpaca's variant makes whole tasks in one call.
 
-Where this differs from the paper's code, by setting: the number of examples (small models need few and short ones), who
-writes the outputs of other tasks (`outputs: chat` lets the model answer the finished task as a chat, which small chat
-models do far better than filling in a form), and one call for everything as in Alpaca (`method: alpaca`).
+Each request for tasks and each task's chain (classification, input, output) is a flow of its own, so nothing waits for
+the slowest of a step: tasks of one call are under way while other calls are still being drawn, and the next round's
+calls begin when the last task of this one was judged. What is decided (rules, novelty, examples, which tasks are
+wanted) is decided in the order of the requests, so rows do not depend on the order of completion. Where the settings
+differ from the paper and its code: docs/self_instruct.md.
 """
 
 from __future__ import annotations
 
-import math
+import json
 import random
 import re
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from string import Template
-from typing import Any, Literal
-
-from pydantic import Field
+from typing import Any, TypeVar
 
 from operators import tables
-from operators.config import Settings
 from operators.synthesis import heuristics, prompts
-from operators.synthesis.generator import Generator
-from operators.synthesis.heuristics import InstructionRules
+from operators.synthesis.flow import Flow, Watched, ask, asks_nothing, attempt
+from operators.synthesis.generator import Generator, Outcome, Usage
 from operators.synthesis.novelty import NoveltyPool
 from operators.synthesis.requests import Messages, Reject, Reply, Request, SamplingSettings, request_seed
 from operators.synthesis.rows import Account, Provenance, instruction_row
 from operators.synthesis.seeds import SeedTask
+from operators.synthesis.self_instruct_settings import SelfInstructSettings
+from operators.synthesis.task_parsing import (
+    parse_alpaca,
+    parse_classification,
+    parse_forms,
+    parse_input,
+    parse_instructions,
+    parse_labelled,
+)
+from operators.synthesis.texts import Texts
 
+T = TypeVar("T")
 
-class SelfInstructSettings(Settings):
-    """How tasks are bootstrapped."""
+_CLASSIFY = SamplingSettings(temperature=0, max_tokens=3)
 
-    target: int = Field(default=64, ge=1, description="rows to make")
-    max_rounds: int = Field(default=8, ge=1, description="rounds at most")
-    calls_per_round: int = Field(default=16, ge=1, description="requests for new tasks in a round, at most")
-    tasks_per_call: int = Field(default=8, ge=2, description="length of the list a request shows, examples included")
-    method: Literal["self_instruct", "alpaca"] = Field(
-        default="self_instruct", description="alpaca: instruction, input and output in one call"
-    )
-    outputs: Literal["chat", "form"] = Field(
-        default="chat", description="who writes outputs of non-classification tasks; form: as in the paper"
-    )
-    seed_examples: int = Field(default=3, ge=1, description="seed tasks in a request; the paper's 6 suit large models")
-    machine_examples: int = Field(default=1, ge=0, description="accepted tasks in a request; the paper has 2")
-    example_length: dict[str, int] = Field(
-        default={"en": 16, "zh": 32}, description="longest example, words (en) or characters (zh)"
-    )
-    inputs: Literal["referred", "always"] = Field(
-        default="referred",
-        description="with outputs: chat, which tasks get an input: those that refer to one, or (as in the paper) all are asked",
-    )
-    instances_per_task: int = Field(default=1, ge=1, le=5, description="with outputs: form, examples asked for; the paper has 5")
-    languages: dict[str, float] = Field(default={"en": 0.8, "zh": 0.2}, description="share of the requests by language")
-    max_similarity: float = Field(
-        default=0.7, gt=0, le=1, description="a task is new when its ROUGE-L F to every other is below this"
-    )
-    rules: InstructionRules = Field(default=InstructionRules(), description="rules for instructions")
-    instruction_sampling: SamplingSettings = Field(
-        default=SamplingSettings(temperature=0.7, top_p=0.9, presence_penalty=0.5, max_tokens=128, stop=["\n\n"]),
-        description="drawing tasks; the paper: temperature .7, top_p .5, presence penalty 2",
-    )
-    instance_sampling: SamplingSettings = Field(
-        default=SamplingSettings(temperature=0.3, top_p=0.9, max_tokens=64), description="drawing inputs, labels and forms"
-    )
-    answer_sampling: SamplingSettings = Field(
-        default=SamplingSettings(temperature=0.3, top_p=0.9, repetition_penalty=1.1, max_tokens=128),
-        description="answering in chat",
-    )
-    prompts: str | None = Field(default=None, description="folder with <language>/<name>.txt that replace the project's prompts")
-
-    def shares(self, available: set[str]) -> dict[str, float]:
-        """The languages that have seeds, with shares that sum to 1. Raises ValueError when none is left."""
-        wanted = {lang: share for lang, share in self.languages.items() if share > 0 and lang in available}
-        if not wanted:
-            raise ValueError(f"no seed task in the languages {sorted(self.languages)}; the seeds have {sorted(available)}")
-        return {lang: share / sum(wanted.values()) for lang, share in wanted.items()}
+Pair = tuple[str, str]  # (input, output)
+Parsed = str | tuple[str, Pair] | Reject  # a task, a task with its instance, or why there is none
 
 
 @dataclass
-class _Task:
+class Task:
     """A task on its way: seed (human) or candidate."""
 
     id: str
     instruction: str
     lang: str
     parents: list[str] = field(default_factory=list)
-    form: tuple[str, str] | None = None  # (input, output), known at once with method alpaca
+    form: Pair | None = None  # its instance, known at once with method alpaca
+    reply: str = ""  # what the model said when it made the task
 
 
 @dataclass
 class Round:
-    """What one round made."""
+    """What one round made. `tasks` are those that were new, in their order: with the rows of the pool all that a later
+    round depends on."""
 
     number: int
     account: Account
-    asked: int
-    accepted: int
-    starved: bool = False  # new tasks were wanted and the token cap allowed no request
-    classification: Counter[str] = field(default_factory=Counter)
+    asked: int = 0
+    tasks: list[Task] = field(default_factory=list)
+    usage: Usage = field(default_factory=Usage)
+    capped: bool = False  # the token cap left something unasked
 
 
-_ITEM = re.compile(r"^[ \t]*(?:\d{1,3}[.)、．:：]|Task \d+[.:]|任务 ?\d+[.:：])[ \t]*", re.MULTILINE)
-_YES, _NO = re.compile(r"\s*(?:yes|是的?(?!否)|对)", re.IGNORECASE), re.compile(r"\s*(?:no|否|不是|不)", re.IGNORECASE)
-_LABEL = re.compile(r"^\s*(?P<label>.*?)\s*\n\s*(?:Input|输入)\s*[:：]\s*(?P<input>.*)\Z", re.DOTALL | re.IGNORECASE)
-_EXAMPLE = re.compile(r"^\s*(?:Example|例子) ?\d+\s*[:：]?\s*$", re.MULTILINE | re.IGNORECASE)
-_FIELDS = re.compile(
-    r"^\s*(?:(?:Input|输入)\s*[:：])?(?P<input>.*?)\n\s*(?:Output|输出)\s*[:：]\s*(?P<output>.*)\Z", re.DOTALL | re.IGNORECASE
-)
-_ALPACA = re.compile(
-    r"^\s*(?:\d+[.、])?\s*(?:Instruction|指令)\s*[:：]\s*(?P<instruction>.*?)\n\s*(?:Input|输入)\s*[:：]\s*(?P<input>.*?)"
-    r"\n\s*(?:Output|输出)\s*[:：]\s*(?P<output>.*)\Z",
-    re.DOTALL | re.IGNORECASE,
-)  # fmt: skip
+@dataclass
+class _Instances:
+    """What became of one task."""
+
+    rows: list[tuple[dict[str, Any], dict[str, Any]]] = field(default_factory=list)  # (row, example)
+    rejects: list[tuple[str, str, Reject, str]] = field(default_factory=list)  # (id, text, why, step)
+    classification: str = ""
 
 
-def parse_instructions(reply: Reply) -> list[str | Reject]:
-    """The tasks of a numbered list that the model went on with; the last is a Reject when the reply was cut inside it."""
-    tasks: list[str | Reject] = [" ".join(piece.split()) for piece in _ITEM.split(reply.text)]
-    tasks = [task for task in tasks if task]
-    if not tasks:
-        return [Reject("no_task")]
-    if reply.truncated:
-        tasks[-1] = Reject("truncated", detail=str(tasks[-1]))
-    return tasks
+@dataclass
+class _Call:
+    """A request for tasks."""
+
+    lang: str
+    parents: list[str]
+    flow: Watched[tuple[list[Parsed], str]]
 
 
-def parse_alpaca(reply: Reply, first: str) -> list[tuple[str, str, str] | Reject]:
-    """(instruction, input, output) of each `###`-separated block; `first` is the beginning that the prompt supplied."""
-    found: list[tuple[str, str, str] | Reject] = []
-    blocks = [block for block in (first + reply.text).split("###") if block.strip()]
-    for number, block in enumerate(blocks):
-        match = _ALPACA.match(block)
-        if reply.truncated and number == len(blocks) - 1:
-            found.append(Reject("truncated", detail=block.strip()))
-        elif match is None:
-            found.append(Reject("malformed", detail=block.strip()))
-        else:
-            given = match["input"].strip()
-            found.append((match["instruction"].strip(), "" if heuristics.no_input(given) else given, match["output"].strip()))
-    return found or [Reject("no_task")]
+@dataclass
+class _Open:
+    """A flow whose outcome is still to come: a call, the chain of a task, or the end of a round (neither)."""
 
-
-def parse_classification(reply: Reply) -> bool | None:
-    """True or False, None when the reply says neither (taken as not a classification task, as in the paper's code)."""
-    if _YES.match(reply.text):
-        return True
-    return False if _NO.match(reply.text) else None
-
-
-def parse_input(reply: Reply) -> str | Reject:
-    """The input that the model wrote for a task, "" when the task needs none."""
-    if reply.truncated:
-        return Reject("truncated")
-    text = re.split(r"\n\s*(?:Output|Task|输出|任务)\s*[:：]", reply.text)[0].strip()
-    return "" if heuristics.no_input(text) else text
-
-
-def parse_labelled(reply: Reply) -> tuple[str, str] | Reject:
-    """(input, label) of an output-first example."""
-    if reply.truncated:
-        return Reject("truncated")
-    match = _LABEL.match(reply.text)
-    if match is None:
-        return Reject("malformed")
-    return match["input"].strip(), match["label"].strip()
-
-
-def parse_forms(reply: Reply, most: int) -> list[tuple[str, str]] | Reject:
-    """Up to `most` (input, output) pairs; a truncated reply is rejected whole, as in the paper's code."""
-    if reply.truncated:
-        return Reject("truncated")
-    found = []
-    for block in _EXAMPLE.split(reply.text)[:most]:
-        match = _FIELDS.match(block)
-        if match is not None:
-            given = match["input"].strip()
-            found.append(("" if heuristics.no_input(given) else given, match["output"].strip()))
-    return found or Reject("malformed")
+    made: Round
+    rest: Account  # of the instances; the account of the round itself holds what was decided on the tasks
+    call: _Call | None = None
+    task: Task | None = None
 
 
 class SelfInstruct:
-    """The method as a stream of rounds; a pure function of settings, seeds and replies."""
+    """The method as a stream of rounds; a pure function of settings, seeds and replies.
+
+    Memory: the seeds, two rounds, and for each task ever accepted its instruction, its id and its tokens for the novelty
+    test, about 200 bytes.
+    """
 
     def __init__(
         self, settings: SelfInstructSettings, seeds: Sequence[SeedTask], generator: Generator, model: str, seed: int
     ) -> None:
         self.settings, self.generator, self.model, self.seed = settings, generator, model, seed
         self.shares = settings.shares({task.lang for task in seeds})
+        self.stopped = ""
+        self.kept = 0
+        self._pending = 0  # tasks whose instances are being made
+        self._next = 0  # number of the next round
+        self._figures: dict[int, tuple[int, int, int]] = {}  # of the last rounds: asked, new tasks, rows
+        self._settled = 0  # rounds that are over
+        self._open: deque[_Open] = deque()
         self.pool = NoveltyPool()
-        self._pooled: list[str] = []
-        self._human: dict[str, list[_Task]] = {lang: [] for lang in self.shares}
-        self._machine: dict[str, list[_Task]] = {lang: [] for lang in self.shares}
-        self._forms = {task.id: task.instances[0] for task in seeds if task.instances}
-        for task in seeds:
+        self._pooled = Texts()  # ids, by number in the pool
+        self._machine = {lang: Texts() for lang in self.shares}  # accepted tasks short enough for an example, as JSON
+        self._human: dict[str, list[Task]] = {lang: [] for lang in self.shares}
+        self._used: dict[tuple[str, str], tuple[list[prompts.Prompt], dict[str, SamplingSettings]]] = {}
+        for seed_task in seeds:
+            task = Task(seed_task.id, seed_task.instruction, seed_task.lang)
+            task.form = next(iter(seed_task.instances), None)
             self._remember(task.id, task.instruction)
-            short = heuristics.length_of(self._example_text(_Task(task.id, task.instruction, task.lang)), task.lang)
-            if task.lang in self._human and short <= settings.example_length.get(task.lang, short):
-                self._human[task.lang].append(_Task(task.id, task.instruction, task.lang))
+            if task.lang in self._human and self._short(task):
+                self._human[task.lang].append(task)
         for lang in self.shares:  # a task that repeats the prompt's own sentence is not new either
             for role, text in self._prompt("alpaca" if settings.method == "alpaca" else "instructions", lang).sections:
                 for sentence in re.split(r"(?<=[.。])\s*", Template(text).safe_substitute(count=str(settings.tasks_per_call))):
@@ -211,244 +140,387 @@ class SelfInstruct:
         for lang, tasks in self._human.items():
             if not tasks:
                 raise ValueError(f"no seed task in {lang!r} is short enough for an example; raise example_length[{lang!r}]")
-        self._backlog: deque[_Task] = deque()
-        self.kept = 0
-        self.stopped = ""
+
+    def restore(self, tasks: Sequence[Task], asked: int, kept: int, usage: Usage, capped: bool) -> None:
+        """Take over a round that was made before, from its new tasks and its figures. To be called in the order of the
+        rounds, before `rounds`."""
+        for task in tasks:
+            self._accept(task)
+        self.kept += kept
+        self.generator.usage.merge(usage)
+        self.generator.capped = self.generator.capped or capped
+        self._figures[self._next] = (asked, len(tasks), kept)
+        self._figures.pop(self._next - self.settings.yield_window - 2, None)
+        self._next += 1
+        self._settled += 1
 
     def rounds(self) -> Iterator[Round]:
-        """Rounds until the target, the token cap, `max_rounds` or two rounds without a row. `stopped` says which."""
-        barren = 0
-        for number in range(self.settings.max_rounds):
-            made = self._round(number)
-            self.kept += len(made.account.rows)
-            barren = 0 if made.account.rows else barren + 1
-            last = number + 1 == self.settings.max_rounds
-            if self.kept >= self.settings.target:
-                self.stopped = "target"
-            elif self.generator.exhausted or (made.starved and not made.account.rows):
-                self.stopped = "token_cap"
-            elif barren == 2:
-                self.stopped = "no_yield"
-            elif last:
-                self.stopped = "max_rounds"
-            if self.stopped:
-                for task in self._backlog:
-                    made.account.reject(task.id, task.instruction, Reject("left_over", detail=self.stopped))
-                self._backlog.clear()
-            yield made
+        """Rounds, each when it is over, until the target, the token cap, `max_rounds`, or a yield below `min_yield`.
+
+        `stopped` says which.
+        """
+        for outcome in self.generator.run(self._source()):
+            opened = self._open.popleft()
+            opened.made.usage.merge(outcome.usage)
+            if opened.call is not None:
+                opened.call.flow.settle()
+                opened.made.capped |= not outcome.admitted
+            elif opened.task is not None:
+                opened.made.capped |= not outcome.admitted
+                self._settle(opened, outcome)
+            else:
+                yield from self._close(opened)
+
+    # --- the order of the requests
+
+    def _source(self) -> Iterator[tuple[int, Flow[Any]] | None]:
+        while True:
+            wait = self._may_go_on()
+            while wait():
+                yield None
+            self.stopped = self._why_stop()
             if self.stopped:
                 return
+            made, rest = Round(self._next, Account("self_instruct")), Account("self_instruct")
+            self._next += 1
+            calls = self._calls(made.number)
+            bound = self.settings.attempts * self.settings.instruction_sampling.max_tokens
+            for call in calls:
+                self._open.append(_Open(made, rest, call=call))
+                yield bound, call.flow.play()
+            for number, call in enumerate(calls):
+                while not call.flow.ended:
+                    yield None
+                for task in self._considered(made, number, call):
+                    while self.kept < self.settings.target <= self._most():
+                        yield None  # those under way may be enough
+                    if self.kept >= self.settings.target:
+                        made.account.reject(task.id, task.instruction, Reject("left_over", detail="target"), step="tasks")
+                    elif task.form is not None:
+                        self._enter(made.account, task, self._checked(task, [task.form], ["alpaca"], made.number, task.reply), [])
+                    else:
+                        self._pending += 1
+                        self._open.append(_Open(made, rest, task=task))
+                        yield self._bound, self._instances(task, made.number)
+            self._figures[made.number] = (made.asked, len(made.tasks), 0)
+            self._figures.pop(made.number - self.settings.yield_window - 2, None)
+            self._open.append(_Open(made, rest))
+            yield 0, asks_nothing(None)
 
-    def _round(self, number: int) -> Round:
-        made = Round(number, Account("self_instruct"), 0, 0)
-        need = math.ceil(1.25 * (self.settings.target - self.kept))
-        if len(self._backlog) < need:
-            self._bootstrap(made)
-            made.starved = made.asked == 0
-        batch = [self._backlog.popleft() for _ in range(min(need, len(self._backlog)))]
-        if self.settings.method == "alpaca":
-            for task in batch:
-                assert task.form is not None
-                self._finish(made, task, [task.form], ["alpaca"])
-        else:
-            self._instantiate(made, batch)
-        return made
+    def _most(self) -> int:
+        """Rows at most, with those under way."""
+        return self.kept + self._pending * self.settings.most_instances
+
+    def _may_go_on(self) -> Callable[[], bool]:
+        """Whether it cannot be said yet if another round is wanted: an earlier round's yield, or enough rows, may come."""
+        number = self._next
+        return lambda: self._settled < number - 1 or self.kept < self.settings.target <= self._most()
+
+    def _why_stop(self) -> str:
+        """Why there is no further round, "" if there is one. By then the last round has asked for everything, and all
+        rounds before it are over."""
+        if self.kept >= self.settings.target:
+            return "target"
+        if self.generator.capped:
+            return "token_cap"
+        if self.settings.max_rounds is not None and self._next >= self.settings.max_rounds:
+            return "max_rounds"
+        if self._next >= self.settings.yield_window and self.recent_yield < self.settings.min_yield:
+            return "low_yield"
+        return ""
+
+    @property
+    def recent_yield(self) -> float:
+        """The smaller of new tasks a request over the last `yield_window` rounds and rows a request over as many rounds
+        that end with the last but one: the last one's rows may still be on their way."""
+        window = self.settings.yield_window
+        found = [self._each(range(self._next - window, self._next), 1)]
+        if self._next > window:
+            found.append(self._each(range(self._next - 1 - window, self._next - 1), 2))
+        return min(found)
+
+    def _each(self, rounds: range, figure: int) -> float:
+        recent = [self._figures[number] for number in rounds if number in self._figures]
+        asked = sum(figures[0] for figures in recent)
+        return sum(figures[figure] for figures in recent) / asked if asked else 0.0
 
     # --- new tasks
 
-    def _bootstrap(self, made: Round) -> None:
-        calls: list[tuple[str, list[_Task], Request]] = []
+    def _calls(self, number: int) -> list[_Call]:
+        calls = []
         counts = _apportion(self.shares, self.settings.calls_per_round)
         # languages spread evenly over the round, so that a target reached early does not leave the last one out
         order = sorted(((call + 0.5) / count, lang, call) for lang, count in counts.items() for call in range(count))
         for _, lang, call in order:
-            examples = self._examples(lang, made.number, call)
-            seed = request_seed(self.seed, "tasks", made.number, lang, call)
-            calls.append((lang, examples, Request(self._task_prompt(lang, examples), self.settings.instruction_sampling, seed)))
-        for call, reply in enumerate(self.generator.ask([request for _, _, request in calls])):
-            if reply is None:
-                break
-            made.asked += 1
-            lang, examples, _ = calls[call]
-            parents = [task.id for task in examples]
-            for place, parsed in enumerate(self._parse_tasks(reply, lang)):
-                identity = tables.stable_id("self_instruct", self.seed, made.number, call, place)
-                if isinstance(parsed, Reject):
-                    made.account.reject(identity, parsed.detail or reply.text, Reject(parsed.reason, parsed.value), step="tasks")
-                else:
-                    self._consider(made, _Task(identity, parsed[0], lang, parents, parsed[1]))
+            examples = self._examples(lang, number, call)
+            messages = self._task_prompt(lang, examples)
+            flow = self._draw_tasks(messages, lang, (number, lang, call))
+            calls.append(_Call(lang, [task.id for task in examples], Watched(flow)))
+        return calls
 
-    def _parse_tasks(self, reply: Reply, lang: str) -> list[tuple[str, tuple[str, str] | None] | Reject]:
-        if reply.finish_reason == "prompt_too_long":
-            return [Reject("prompt_too_long", reply.prompt_tokens)]
-        if self.settings.method == "alpaca":
-            blocks = parse_alpaca(reply, "Instruction:" if lang == "en" else "指令：")
-            return [block if isinstance(block, Reject) else (block[0], (block[1], block[2])) for block in blocks]
-        return [task if isinstance(task, Reject) else (task, None) for task in parse_instructions(reply)]
+    def _draw_tasks(self, messages: Messages, lang: str, place: tuple[int, str, int]) -> Flow[tuple[list[Parsed], str]]:
+        settings, said = self.settings, Reply("", "stop", 0, 0)
 
-    def _consider(self, made: Round, task: _Task) -> None:
-        """Queue a task if the rules and the novelty test let it through."""
-        why = heuristics.check_instruction(task.instruction, task.lang, self.settings.rules)
-        if why is None:
-            similarity, nearest = self.pool.nearest(task.instruction)
-            made.account.score(similarity)
-            if similarity >= self.settings.max_similarity:
-                why = Reject("not_novel", similarity, self._pooled[nearest])
-        if why is not None:
-            made.account.reject(task.id, task.instruction, why, step="tasks")
-            return
-        made.accepted += 1
+        def render(turn: int) -> Request:
+            return Request(messages, settings.list_sampling, request_seed(self.seed, "tasks", *place, *again(turn)))
+
+        def parse(reply: Reply) -> list[Parsed] | Reject:
+            nonlocal said
+            said = reply
+            if settings.method == "alpaca":
+                blocks = parse_alpaca(reply, _FIRST_FIELD[lang], settings.drop_reply)
+                if isinstance(blocks, Reject):
+                    return blocks
+                return [block if isinstance(block, Reject) else (block[0], (block[1], block[2])) for block in blocks]
+            tasks = parse_instructions(reply, settings.drop_reply)
+            return tasks if isinstance(tasks, Reject) else list(tasks)
+
+        found = yield from attempt(render, parse, settings.attempts)
+        return ([found] if isinstance(found, Reject) else found), said.text
+
+    def _considered(self, made: Round, number: int, call: _Call) -> Iterator[Task]:
+        """The tasks of a call that the rules and the novelty test let through; the others are rejected."""
+        if call.flow.value is None:
+            return  # the token cap left it out
+        made.asked += 1
+        parsed, said = call.flow.value
+        for place, found in enumerate(parsed):
+            identity = tables.stable_id("self_instruct", self.seed, made.number, number, place)
+            if isinstance(found, Reject):
+                made.account.reject(identity, found.detail or said, Reject(found.reason, found.value), step="tasks")
+                continue
+            instruction, form = (found, None) if isinstance(found, str) else found
+            task = Task(identity, instruction, call.lang, call.parents, form, said if self.generator.keep_replies else "")
+            why = heuristics.check_instruction(task.instruction, task.lang, self.settings.rules)
+            if why is None:
+                similarity, nearest = self.pool.nearest(task.instruction)
+                made.account.score(similarity)
+                if similarity >= self.settings.max_similarity:
+                    why = Reject("not_novel", similarity, self._pooled[nearest])
+            if why is not None:
+                made.account.reject(task.id, task.instruction, why, step="tasks")
+                continue
+            made.tasks.append(task)
+            self._accept(task)
+            yield task
+
+    def _accept(self, task: Task) -> None:
         self._remember(task.id, task.instruction)
-        self._backlog.append(task)
-        length = heuristics.length_of(self._example_text(task), task.lang)
-        if length <= self.settings.example_length.get(task.lang, length):
-            self._machine[task.lang].append(task)
+        if self._short(task):
+            self._machine[task.lang].append(json.dumps([task.id, task.instruction, *(task.form or ())]))
 
     def _remember(self, identity: str, instruction: str) -> None:
         self.pool.add(instruction)
         self._pooled.append(identity)
 
-    def _examples(self, lang: str, number: int, call: int) -> list[_Task]:
+    def _short(self, task: Task) -> bool:
+        length = heuristics.length_of(self._example_text(task), task.lang)
+        return length <= self.settings.example_length.get(task.lang, length)
+
+    def _examples(self, lang: str, number: int, call: int) -> list[Task]:
         """In-context examples: machine-made ones as far as there are any, seeds for the rest, shuffled."""
         draw = random.Random(f"{self.seed}:{number}:{lang}:{call}")
-        machine = draw.sample(self._machine[lang], min(self.settings.machine_examples, len(self._machine[lang])))
-        wanted = self.settings.seed_examples + self.settings.machine_examples - len(machine)
-        chosen = machine + draw.sample(self._human[lang], min(wanted, len(self._human[lang])))
+        machine, human = self._machine[lang], self._human[lang]
+        drawn = draw.sample(range(len(machine)), min(self.settings.machine_examples, len(machine)))
+        chosen = []
+        for row in drawn:
+            identity, instruction, *form = json.loads(machine[row])
+            chosen.append(Task(identity, instruction, lang, form=(form[0], form[1]) if form else None))
+        wanted = self.settings.seed_examples + self.settings.machine_examples - len(chosen)
+        chosen += draw.sample(human, min(wanted, len(human)))
         draw.shuffle(chosen)
         return chosen
 
-    def _task_prompt(self, lang: str, examples: Sequence[_Task]) -> Messages:
-        if self.settings.method == "alpaca":
-            shown = "\n###\n".join(map(self._example_text, examples)) + "\n###\n" + ("Instruction:" if lang == "en" else "指令：")
-            return self._prompt("alpaca", lang).render(count=str(self.settings.tasks_per_call), examples=shown)
-        shown = "".join(f"{index + 1}. {self._example_text(task)}\n" for index, task in enumerate(examples))
+    def _task_prompt(self, lang: str, examples: Sequence[Task]) -> Messages:
         count = str(self.settings.tasks_per_call)
+        if self.settings.method == "alpaca":
+            shown = "\n###\n".join(map(self._example_text, examples)) + "\n###\n" + _FIRST_FIELD[lang]
+            return self._prompt("alpaca", lang).render(count=count, examples=shown)
+        shown = "".join(f"{index + 1}. {self._example_text(task)}\n" for index, task in enumerate(examples))
         return self._prompt("instructions", lang).render(count=count, examples=f"{shown}{len(examples) + 1}.")
 
-    def _example_text(self, task: _Task) -> str:
+    def _example_text(self, task: Task) -> str:
         instruction = " ".join(task.instruction.split())
         if self.settings.method != "alpaca":
             return instruction
-        given, output = task.form or self._forms.get(task.id, ("", ""))
+        given, output = task.form or ("", "")
         if task.lang == "zh":
             return f"指令：{instruction}\n输入：{given or '无'}\n输出：{output}"
         return f"Instruction: {instruction}\nInput: {given or 'None'}\nOutput: {output}"
 
     # --- instances
 
-    def _instantiate(self, made: Round, batch: list[_Task]) -> None:
+    @property
+    def _bound(self) -> int:
+        """The most completion tokens that the chain of one task may ask for."""
         settings = self.settings
-        greedy = SamplingSettings(temperature=0, max_tokens=3)
-        kinds: list[tuple[_Task, bool]] = []
-        for task, reply in self._ask(made, batch, "classification", greedy, lambda task: {"instruction": task.instruction}):
-            answer = parse_classification(reply)
-            made.classification["unclear" if answer is None else "yes" if answer else "no"] += 1
-            kinds.append((task, bool(answer)))
+        given = settings.attempts * settings.instance_sampling.max_tokens
+        answer = 0 if settings.outputs == "form" else settings.attempts * settings.answer_sampling.max_tokens
+        return _CLASSIFY.max_tokens + given + answer
 
-        labelled = [task for task, is_classification in kinds if is_classification]
-        for task, reply in self._ask(
-            made, labelled, "output_first", settings.instance_sampling, lambda task: {"instruction": task.instruction}
-        ):
-            pair = parse_labelled(reply)
-            self._finish(
-                made, task, pair if isinstance(pair, Reject) else [pair], ["instructions", "classification", "output_first"], reply
+    def _instances(self, task: Task, number: int) -> Flow[_Instances]:
+        """The chain of one task: is it a classification task, then its instances."""
+        settings = self.settings
+        values = {"instruction": task.instruction, "count": str(settings.instances_per_task)}
+        reply = yield from ask(self._request(task, "classification", _CLASSIFY, values))
+        if reply.unanswered is not None:
+            return _Instances(rejects=[(task.id, task.instruction, reply.unanswered, "classification")])
+        answer = parse_classification(reply)
+        found: list[Pair] | Reject
+        most, drop = settings.instances_per_task, settings.drop_reply
+        if answer:
+            step = "output_first"
+            found, said = yield from self._draw(
+                task, step, settings.instance_sampling, values, lambda reply: parse_labelled(reply, most, drop)
             )
-
-        others = [task for task, is_classification in kinds if not is_classification]
-        if settings.outputs == "form":
-            for task, reply in self._ask(made, others, "instances", settings.instance_sampling, self._form_values):
-                steps = ["instructions", "classification", "instances"]
-                self._finish(made, task, parse_forms(reply, settings.instances_per_task), steps, reply)
-            return
-        given: dict[str, str] = {}
-        wanting = [task for task in others if settings.inputs == "always" or heuristics.refers_to_input(task.instruction)]
-        asked = {task.id for task in wanting}
-        for task in others:
-            if task.id not in asked:
-                given[task.id] = ""
-        for task, reply in self._ask(
-            made, wanting, "input_first", settings.instance_sampling, lambda task: {"instruction": task.instruction}
-        ):
-            parsed = parse_input(reply)
-            if isinstance(parsed, Reject):
-                made.account.reject(task.id, f"{task.instruction}\n\n{reply.text}", parsed, step="input_first")
+            steps = ["instructions", "classification", step]
+        elif settings.outputs == "form":
+            step = "instances"
+            found, said = yield from self._draw(
+                task, step, settings.instance_sampling, values, lambda reply: parse_forms(reply, most, drop)
+            )
+            steps = ["instructions", "classification", step]
+        else:
+            steps = ["instructions", "classification"]
+            given: str | Reject = ""
+            said = ""
+            if settings.inputs == "always" or heuristics.refers_to_input(task.instruction):
+                steps.append("input_first")
+                given, said = yield from self._draw(
+                    task, "input_first", settings.instance_sampling, values, self._parse_input(task)
+                )
+            if isinstance(given, Reject):
+                found = given
             else:
-                given[task.id] = parsed
-        ready = [task for task in others if task.id in given]
-        for task, reply in self._ask(
-            made, ready, "answer", settings.answer_sampling,
-            lambda task: {"prompt": heuristics.join_input(task.instruction, given[task.id])},
-        ):  # fmt: skip
-            steps = ["instructions", "classification", *(["input_first"] if task.id in asked else []), "answer"]
-            answer_or_reject: list[tuple[str, str]] | Reject = (
-                Reject("truncated") if reply.truncated else [(given[task.id], reply.text.strip())]
-            )
-            self._finish(made, task, answer_or_reject, steps, reply)
+                prompt = heuristics.join_input(task.instruction, given)
+                steps.append("answer")
+                output, said = yield from self._draw(task, "answer", settings.answer_sampling, {"prompt": prompt}, _parse_answer)
+                found = output if isinstance(output, Reject) else [(given, output)]
+        made = self._checked(task, found, steps, number, said)
+        made.classification = "unclear" if answer is None else "yes" if answer else "no"
+        return made
 
-    def _form_values(self, task: _Task) -> dict[str, str]:
-        return {"instruction": task.instruction, "count": str(self.settings.instances_per_task)}
+    def _parse_input(self, task: Task) -> Callable[[Reply], str | Reject]:
+        def parse(reply: Reply) -> str | Reject:
+            given = parse_input(reply)
+            if isinstance(given, Reject):
+                return given
+            if not given and heuristics.refers_to_input(task.instruction):
+                return Reject("missing_input")
+            return heuristics.check_input(task.instruction, given, task.lang) or given
 
-    def _ask(
-        self, made: Round, tasks: list[_Task], step: str, sampling: SamplingSettings, values: Callable[[_Task], dict[str, str]]
-    ) -> Iterator[tuple[_Task, Reply]]:
-        """One request a task; tasks that the token cap or the model's length leaves out are rejected here."""
-        requests = [
-            Request(
-                self._prompt(step, task.lang).render(**values(task)),
-                sampling,
-                request_seed(self.seed, step, task.id) if sampling.temperature else 0,
-            )
-            for task in tasks
-        ]
-        for task, reply in zip(tasks, self.generator.ask(requests), strict=True):
-            if reply is None:
-                made.account.reject(task.id, task.instruction, Reject("token_cap"), step=step)
-            elif reply.finish_reason == "prompt_too_long":
-                made.account.reject(task.id, task.instruction, Reject("prompt_too_long", reply.prompt_tokens), step=step)
-            else:
-                yield task, reply
+        return parse
 
-    def _finish(
-        self, made: Round, task: _Task, instances: list[tuple[str, str]] | Reject, steps: list[str], reply: Reply | None = None
-    ) -> None:
-        """Turn the instances of a task into rows; the task's own candidate is the first of them."""
-        account, step = made.account, steps[-1]
-        if isinstance(instances, Reject):
-            account.reject(task.id, f"{task.instruction}\n\n{reply.text if reply else ''}", instances, step=step)
-            return
-        clash = Reject("contradiction") if heuristics.contradicts(instances) else None
-        seen: set[tuple[str, str]] = set()
-        for index, (given, output) in enumerate(instances):
+    def _draw(
+        self,
+        task: Task,
+        step: str,
+        sampling: SamplingSettings,
+        values: dict[str, str],
+        parse: Callable[[Reply], T | Reject],
+    ) -> Flow[tuple[T | Reject, str]]:
+        """(what `parse` made of the reply, the reply's text); malformed ones are drawn again."""
+        said = ""
+
+        def read(reply: Reply) -> T | Reject:
+            nonlocal said
+            said = reply.text
+            return parse(reply)
+
+        found = yield from attempt(lambda turn: self._request(task, step, sampling, values, turn), read, self.settings.attempts)
+        return found, said
+
+    def _request(self, task: Task, step: str, sampling: SamplingSettings, values: dict[str, str], turn: int = 0) -> Request:
+        seed = request_seed(self.seed, step, task.id, *again(turn)) if sampling.temperature or turn else 0
+        return Request(self._prompt(step, task.lang).render(**values), sampling, seed)
+
+    def _checked(self, task: Task, found: list[Pair] | Reject, steps: list[str], number: int, said: str) -> _Instances:
+        """The instances of a task as rows or rejects; the task's own candidate is the first of them."""
+        made, step = _Instances(), steps[-1]
+        if isinstance(found, Reject):
+            made.rejects.append((task.id, heuristics.join_input(task.instruction, said), found, step))
+            return made
+        clash = Reject("contradiction") if heuristics.contradicts(found) else None
+        seen: set[Pair] = set()
+        for index, (given, output) in enumerate(found):
             identity = task.id if index == 0 else tables.stable_id(task.id, index)
             why = clash or heuristics.check_instance(task.instruction, given, output, task.lang, self.settings.rules.min_script)
             if why is None and (given, output) in seen:
                 why = Reject("duplicate_instance")
-            if why is None and self.kept + len(account.rows) >= self.settings.target:
-                why = Reject("left_over", detail="target")
             seen.add((given, output))
             if why is not None:
-                account.reject(identity, f"{heuristics.join_input(task.instruction, given)}\n\n{output}", why, step=step)
+                text = f"{heuristics.join_input(task.instruction, given)}\n\n{output}"
+                made.rejects.append((identity, text, why, step))
                 continue
-            provenance = self._provenance(task, steps, made.number).to_row()
-            row = instruction_row(identity, task.instruction, given, output, task.lang, provenance)
-            account.keep(
-                row, "self_instruct", {"instruction": task.instruction, "input": given, "output": output, "lang": task.lang}
+            row = instruction_row(
+                identity, task.instruction, given, output, task.lang, self._provenance(task, steps, number).to_row()
             )
+            made.rows.append((row, {"instruction": task.instruction, "input": given, "output": output, "lang": task.lang}))
+        return made
 
-    def _provenance(self, task: _Task, steps: list[str], number: int) -> Provenance:
-        sampling: dict[str, SamplingSettings] = {}
-        for step in steps:
-            if step in ("instructions", "alpaca"):
-                sampling[step] = self.settings.instruction_sampling
-            elif step == "answer":
-                sampling[step] = self.settings.answer_sampling
-            elif step != "classification":
-                sampling[step] = self.settings.instance_sampling
-        used = [self._prompt(step, task.lang) for step in steps]
+    def _settle(self, opened: _Open, outcome: Outcome[_Instances]) -> None:
+        task = opened.task
+        assert task is not None
+        self._pending -= 1
+        if outcome.value is None:
+            opened.rest.reject(task.id, task.instruction, Reject("token_cap"), step="classification")
+        else:
+            self._enter(opened.rest, task, outcome.value, [reply.text for reply in outcome.replies])
+
+    def _enter(self, account: Account, task: Task, made: _Instances, replies: list[str]) -> None:
+        """Count what a task made, in the order of the tasks; rows beyond the target are left over."""
+        for row, example in made.rows:
+            if self.kept >= self.settings.target:
+                account.reject(row["id"], task.instruction, Reject("left_over", detail="target"))
+                continue
+            self.kept += 1
+            if self.generator.keep_replies:
+                row["replies"] = [task.reply, *replies]
+            account.keep(row, "self_instruct", example)
+        for identity, text, why, step in made.rejects:
+            account.reject(identity, text, why, step=step)
+        if made.classification:
+            counts = Counter(account.extra.get("classification", {}))
+            counts[made.classification] += 1
+            account.extra["classification"] = dict(sorted(counts.items()))
+
+    def _close(self, opened: _Open) -> Iterator[Round]:
+        made = opened.made
+        made.account.merge(opened.rest)
+        self._settled += 1
+        self._figures[made.number] = (made.asked, len(made.tasks), len(made.account.rows))
+        if made.asked or not made.number:
+            yield made  # a round of which the cap left nothing is none
+
+    def _provenance(self, task: Task, steps: list[str], number: int) -> Provenance:
+        key = (task.lang, " ".join(steps))
+        if key not in self._used:
+            sampling = {step: self._sampling_of(step) for step in steps if step != "classification"}
+            self._used[key] = [self._prompt(step, task.lang) for step in steps], sampling
+        used, sampling = self._used[key]
         return Provenance(self.model, self.generator.revision, used, sampling, self.seed, task.parents, "self_instruct", number)
+
+    def _sampling_of(self, step: str) -> SamplingSettings:
+        if step in ("instructions", "alpaca"):
+            return self.settings.list_sampling
+        return self.settings.answer_sampling if step == "answer" else self.settings.instance_sampling
 
     def _prompt(self, name: str, lang: str) -> prompts.Prompt:
         return prompts.load(name, lang, self.settings.prompts)
+
+
+_FIRST_FIELD = {"en": "Instruction:", "zh": "指令："}  # how a block of the one-call variant begins
+
+
+def again(turn: int) -> tuple[int, ...]:
+    """The part of a seed that tells a repeated attempt from the first."""
+    return (turn,) if turn else ()
+
+
+def _parse_answer(reply: Reply) -> str | Reject:
+    if reply.truncated:
+        return Reject("truncated")
+    return reply.text.strip() or Reject("empty")
 
 
 def _apportion(shares: dict[str, float], total: int) -> dict[str, int]:
@@ -462,8 +534,5 @@ def _apportion(shares: dict[str, float], total: int) -> dict[str, int]:
 
 def round_stats(made: Round) -> dict[str, Any]:
     """The statistics of a round, to be merged over rounds."""
-    return {
-        "rounds": {str(made.number): {"asked": made.asked, "accepted": made.accepted, "kept": len(made.account.rows)}},
-        "classification": dict(sorted(made.classification.items())),
-        **made.account.stats(),
-    }
+    figures = {"asked": made.asked, "accepted": len(made.tasks), "kept": len(made.account.rows)}
+    return {"rounds": {str(made.number): figures}, **made.account.stats(), "usage": made.usage.to_json()}
