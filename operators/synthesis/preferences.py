@@ -1,162 +1,311 @@
-"""Preference pairs from several samples of one model: the best and the worst reply to a prompt, if they are far apart.
+"""Preference data from several samples of one model: pairs with a least margin, or replies labelled good and bad.
 
-A reply's score is in [0, 1] and needs no second model:
-
-    score = agreement_weight * agreement + (1 - agreement_weight) * form
-
-*agreement* is the mean ROUGE-L F with the prompt's other samples, which is minimum-Bayes-risk selection (Eikema and Aziz
-2020): what a model says again and again is likelier to be right than what it says once. With `agreement: reference` it
-is ROUGE-L F with the row's own answer instead. *form* is 1 less what is plainly wrong with the reply: cut off (.5),
-a refusal (.5), repeated 4-grams (their share), the prompt echoed (ROUGE-L F with it where above one half), another
-script than the prompt's language (the share); it does not grow with length. Scores are rounded to four decimals; a pair
-needs `min_margin`, so ties never become pairs.
+The samples of a prompt are drawn, scored (operators.synthesis.scoring) and paired. A margin is the difference of two
+scores on the scorer's own scale; a pair needs `min_margin`, so ties never become pairs. Every rule that a pair must pass is
+tried on the pairs of a prompt from the widest margin down: `best_worst` takes the first that passes, `all` the first
+`max_pairs`. With a judge that compares (`judge: {method: pairs}`) a pair must also be one that the judge decided alike in
+both orders.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
-import numpy as np
-from pydantic import Field
+import pyarrow as pa
+from pydantic import Field, model_validator
 
 from operators import tables
 from operators.config import Settings
-from operators.synthesis import heuristics, prompts
+from operators.synthesis import length_bias
 from operators.synthesis.flow import Flow, ask_all
-from operators.synthesis.novelty import rouge_l, rouge_l_matrix
-from operators.synthesis.requests import Messages, Reject, Reply, Request, SamplingSettings, request_seed
-from operators.synthesis.rows import Account, Provenance
+from operators.synthesis.requests import Reject, Reply
+from operators.synthesis.rows import INSTRUCTIONS, Account, Provenance
+from operators.synthesis.scoring import (
+    AnswerSettings,
+    OpenPrompt,
+    Panel,
+    Scored,
+    Scores,
+    ScoringSettings,
+    provenance_sampling,
+    sample_request,
+    score,
+    scoring_bound,
+    templates,
+)
+
+SCORE_COLUMNS = [
+    pa.field("score_chosen", pa.float32()),
+    pa.field("score_rejected", pa.float32()),
+    pa.field("tokens_chosen", pa.int32()),  # of the answering model; words (characters in Chinese) of imported replies
+    pa.field("tokens_rejected", pa.int32()),
+]
+
+PAIRS = pa.schema([*tables.PREFERENCES, *SCORE_COLUMNS])
+"""PREFERENCES with both scores and both lengths."""
 
 
-class PreferenceSettings(Settings):
-    """How pairs are made."""
+LABELS = pa.schema([*INSTRUCTIONS, pa.field("label", pa.bool_()), pa.field("score", pa.float32())])
+"""Conversations whose last reply is desirable (`label` true) or not, with the score that decided; for KTO (Ethayarajh et al.
+2024, arXiv 2402.01306)."""
+
+
+class LabelSettings(Settings):
+    """Thresholds of unpaired output, on the scorer's scale."""
+
+    good: float = Field(description="a reply with this score or more is labelled true")
+    bad: float = Field(description="a reply with this score or less is labelled false; between the two it is rejected")
+
+    @model_validator(mode="after")
+    def _apart(self) -> LabelSettings:
+        if self.bad >= self.good:
+            raise ValueError(f"`bad` {self.bad} must be below `good` {self.good}")
+        return self
+
+
+class PairingSettings(Settings):
+    """Which pairs are made of scored replies."""
+
+    min_margin: float | None = Field(
+        default=None,
+        gt=0,
+        description="least difference of the two scores, on the scorer's scale; default: 0.1 for form and agreement, a tenth of "
+        "the judge's scale, 0.3 of the comparisons won, 0.5 for a reward model, any for imported rankings",
+    )
+    min_chosen: float | None = Field(default=None, description="least score of the chosen reply")
+    pairs: Literal["best_worst", "all"] = Field(default="best_worst", description="one pair a prompt, or all that pass")
+    max_pairs: int = Field(default=6, ge=1, description="`all`: most pairs of one prompt, widest margins first")
+    max_length_ratio: float | None = Field(
+        default=None, ge=1, description="longer over shorter reply of a pair, in tokens, at most this"
+    )
+    max_chosen_longer: float | None = Field(
+        default=None,
+        ge=0,
+        le=1,
+        description="most share of pairs in which the chosen reply is the longer one, kept in every unit of rows; "
+        "those with the smallest margins go",
+    )
+
+
+class PreferenceSettings(AnswerSettings, ScoringSettings, PairingSettings):
+    """How preferences are made."""
 
     samples: int = Field(default=4, ge=2, le=64, description="replies drawn for a prompt")
-    min_margin: float = Field(default=0.1, gt=0, le=1, description="least difference of the two scores of a pair")
-    agreement: Literal["samples", "reference"] = Field(default="samples", description="what a reply is compared with")
-    agreement_weight: float = Field(default=0.5, ge=0, le=1, description="weight of agreement against form")
-    sampling: SamplingSettings = Field(
-        default=SamplingSettings(temperature=1.0, top_p=0.95, max_tokens=96), description="drawing the samples"
+    unpaired: LabelSettings | None = Field(
+        default=None, description="write conversations with a `label` (KTO) by these thresholds, instead of pairs"
     )
-    prompts: str | None = Field(default=None, description="folder with <language>/answer.txt that replaces the project's prompt")
+
+    @model_validator(mode="after")
+    def _pairs_or_labels(self) -> PreferenceSettings:
+        given = [name for name, field in PairingSettings.model_fields.items() if getattr(self, name) != field.default]
+        if self.unpaired is not None and given:
+            raise ValueError(f"`unpaired` makes no pairs, so {', '.join(given)} cannot be used with it")
+        return self
+
+    @property
+    def margin(self) -> float:
+        """`min_margin` or the scorer's default."""
+        if self.min_margin is not None:
+            return self.min_margin
+        if self.scorer == "judge":
+            points = self.judge.method == "points"
+            return (self.judge.high - self.judge.low) / 10 if points else 0.3
+        return 0.5 if self.scorer == "reward" else 0.1
+
+    @property
+    def schema(self) -> pa.Schema:
+        return PAIRS if self.unpaired is None else LABELS
 
 
-@dataclass(frozen=True)
-class PreferencePrompt:
-    """A conversation up to a user's turn, and the row's own answer to it."""
+def choose(scores: Scores, settings: PairingSettings, min_margin: float) -> list[tuple[Scored, Scored, float]] | Reject:
+    """(chosen, rejected, margin) of the pairs that pass, widest margin first, or why none does.
 
-    id: str
-    messages: Messages
-    reference: str
-    lang: str
-
-
-@dataclass(frozen=True)
-class Scored:
-    """A sample with its score in [0, 1] and the two parts of it."""
-
-    text: str
-    score: float
-    agreement: float
-    form: float
-
-
-def form_score(prompt: str, reply: Reply, lang: str) -> float:
-    """1 less the faults of a reply that can be seen without understanding it, at least 0."""
-    text = reply.text.strip()
-    if heuristics.without_content(text):
-        return 0.0
-    faults = 0.5 * reply.truncated + 0.5 * heuristics.refuses(text) + heuristics.repeated_share(text)
-    echo = rouge_l(prompt, text)
-    faults += echo if echo > 0.5 else 0.0
-    faults += 1.0 - heuristics.script_share(text, lang)
-    return round(max(0.0, 1.0 - faults), 4)
-
-
-def score_samples(prompt: PreferencePrompt, replies: Sequence[Reply], settings: PreferenceSettings) -> list[Scored]:
-    """Scores of the samples of one prompt, in their order."""
-    texts = [reply.text.strip() for reply in replies]
-    if settings.agreement == "reference":
-        agreement = np.array([rouge_l(prompt.reference, text) for text in texts])
-    else:
-        matrix = rouge_l_matrix(texts)
-        np.fill_diagonal(matrix, 0.0)
-        agreement = matrix.sum(axis=1) / max(1, len(texts) - 1)
-    question = prompt.messages[-1][1]
-    scored = []
-    for text, reply, shared in zip(texts, replies, agreement.tolist(), strict=True):
-        form = form_score(question, reply, prompt.lang)
-        total = settings.agreement_weight * shared + (1 - settings.agreement_weight) * form
-        scored.append(Scored(text, round(total, 4), round(shared, 4), form))
-    return scored
+    Equal margins fall to the earlier samples, equal texts count once. The reason is that of the widest pair.
+    """
+    first: dict[str, Scored] = {}
+    for sample in scores.samples:
+        if sample.score is not None:
+            first.setdefault(sample.text, sample)
+    scored = list(first.values())
+    if len(scored) < 2:
+        why = next((sample.why for sample in scores.samples if sample.why is not None), None)
+        return why if why is not None else Reject("tie", 0.0)
+    candidates = [(a, b, round((a.score or 0) - (b.score or 0), 4)) for a in scored for b in scored]
+    candidates = [pair for pair in candidates if pair[2] > 0]
+    candidates.sort(key=lambda pair: (-pair[2], pair[0].number, pair[1].number))
+    if not candidates:
+        return Reject("tie", 0.0)
+    found: list[tuple[Scored, Scored, float]] = []
+    reason: Reject | None = None
+    for chosen, rejected, margin in candidates:
+        why = _check(chosen, rejected, margin, scores, settings, min_margin)
+        if why is None:
+            found.append((chosen, rejected, margin))
+            if settings.pairs == "best_worst" or len(found) == settings.max_pairs:
+                break
+        elif reason is None:
+            reason = why
+        if margin < min_margin:
+            break  # the rest is narrower still
+    if found:
+        return found
+    assert reason is not None
+    return reason
 
 
-def choose(scored: Sequence[Scored], min_margin: float) -> tuple[Scored, Scored, float] | Reject:
-    """(chosen, rejected, margin), or why there is no pair. Equal scores fall to the earlier sample."""
-    best = max(range(len(scored)), key=lambda i: (scored[i].score, -i))
-    worst = min(range(len(scored)), key=lambda i: (scored[i].score, i))
-    margin = round(scored[best].score - scored[worst].score, 4)
-    if margin == 0 or scored[best].text == scored[worst].text:
-        return Reject("tie", margin)
+def _check(
+    chosen: Scored, rejected: Scored, margin: float, scores: Scores, settings: PairingSettings, min_margin: float
+) -> Reject | None:
     if margin < min_margin:
         return Reject("margin", margin)
-    if scored[best].form == 0:
-        return Reject("none_good", scored[best].score)
-    return scored[best], scored[worst], margin
+    if chosen.form == 0:
+        return Reject("none_good", chosen.score)
+    if settings.min_chosen is not None and (chosen.score or 0) < settings.min_chosen:
+        return Reject("below_minimum", chosen.score)
+    if scores.better is not None:
+        i, j = sorted((chosen.number, rejected.number))
+        if (i, j) in scores.compared or chosen.parts.get("won") is None:
+            if scores.better.get((i, j)) is not (chosen.number == i):
+                return Reject("inconsistent", margin)
+        else:
+            return Reject("not_compared", margin)
+    ratio = max(chosen.tokens, rejected.tokens) / max(1, min(chosen.tokens, rejected.tokens))
+    if settings.max_length_ratio is not None and round(ratio, 4) > settings.max_length_ratio:
+        return Reject("length_ratio", round(ratio, 4))
+    return None
 
 
-def pair_flow(
-    prompt: PreferencePrompt, settings: PreferenceSettings, revision: str, model: str, seed: int
-) -> tuple[int, Flow[Account]]:
-    """(most completion tokens, flow) that draws the samples of one prompt and makes a pair of them, or a reject."""
-    return settings.samples * settings.sampling.max_tokens, _pair(prompt, settings, revision, model, seed)
+def preference_flow(prompt: OpenPrompt, settings: PreferenceSettings, panel: Panel) -> tuple[int, Flow[Account]]:
+    """(most completion tokens, flow) that draws and scores the samples of one prompt and makes pairs or labels, or a reject."""
+    bound = settings.samples * settings.sampling.max_tokens + scoring_bound(settings.samples, settings)
+    return bound, _prefer(prompt, settings, panel)
 
 
-def _pair(prompt: PreferencePrompt, settings: PreferenceSettings, revision: str, model: str, seed: int) -> Flow[Account]:
+def _prefer(prompt: OpenPrompt, settings: PreferenceSettings, panel: Panel) -> Flow[Account]:
     account = Account("preferences")
-    text = "\n\n".join(content for _, content in prompt.messages)
-    answered = yield from ask_all(
-        [
-            Request(_messages(prompt, settings), settings.sampling, request_seed(seed, "preferences", prompt.id, sample), sample)
-            for sample in range(settings.samples)
-        ]
-    )
-    unanswered = next((reply.unanswered for reply in answered if reply.unanswered), None)
-    if unanswered is not None:
-        account.reject(prompt.id, text, unanswered, created=False)
+    if settings.scorer == "agreement" and settings.agreement == "reference" and prompt.reference is None:
+        account.reject(prompt.id, prompt.text, Reject("no_reference"), created=False)
         return account
-    scored = score_samples(prompt, answered, settings)
-    pair = choose(scored, settings.min_margin)
-    if isinstance(pair, Reject):
-        shown = json.dumps({"prompt": text, "samples": [sample.__dict__ for sample in scored]}, ensure_ascii=False)
-        account.reject(prompt.id, shown, pair, created=False)
+    requests = [sample_request(prompt, settings, panel.seed, "preferences", number) for number in range(settings.samples)]
+    replies = yield from ask_all(requests)
+    answered = [(number, reply) for number, reply in enumerate(replies) if reply.unanswered is None]
+    if len(answered) < 2:
+        account.reject(prompt.id, prompt.text, _first_unanswered(replies), created=False)
         return account
-    best, worst, margin = pair
-    template = prompts.load("answer", prompt.lang, settings.prompts)
-    provenance = Provenance(model, revision, [template], {"answer": settings.sampling}, seed, [prompt.id], "preference", 0)
-    row = {
-        "id": tables.stable_id("preferences", seed, prompt.id),
-        "prompt": [{"role": role, "content": content} for role, content in prompt.messages],
-        "chosen": [{"role": "assistant", "content": best.text}],
-        "rejected": [{"role": "assistant", "content": worst.text}],
-        "margin": margin,
-        "lang": prompt.lang,
-        "provenance": provenance.to_row(),
-    }
-    example = {"prompt": text, "chosen": best.text, "rejected": worst.text, "margin": margin}
-    account.keep(row, "preference", example, created=False)
-    account.extra = {"pairs": 1, "margins": {f"{int(margin * 10) / 10:.1f}": 1}}
+    scores = yield from score(prompt, answered, settings, panel, settings.prompts)
+    note(account, prompt.lang, scores)
+    if settings.unpaired is not None:
+        _label(account, prompt, scores, settings, settings.unpaired, panel)
+        return account
+    found = choose(scores, settings, settings.margin)
+    if isinstance(found, Reject):
+        account.reject(prompt.id, shown(prompt, scores), found, created=False)
+        return account
+    for place, (best, worst, margin) in enumerate(found):
+        row = {
+            "id": tables.stable_id("preferences", panel.seed, prompt.id, *([place] if place else [])),
+            "prompt": messages_of(prompt),
+            "chosen": [{"role": "assistant", "content": best.text}],
+            "rejected": [{"role": "assistant", "content": worst.text}],
+            "margin": margin,
+            "lang": prompt.lang,
+            "provenance": _provenance(prompt, settings, panel, "preference"),
+            "score_chosen": best.score,
+            "score_rejected": worst.score,
+            "tokens_chosen": best.tokens,
+            "tokens_rejected": worst.tokens,
+        }
+        example = {"prompt": prompt.text, "chosen": best.text, "rejected": worst.text, "margin": margin}
+        account.keep(row, "preference", example, created=place > 0)
     return account
 
 
-def _messages(prompt: PreferencePrompt, settings: PreferenceSettings) -> Messages:
-    """The prompt as the answering template frames it: its system message, then the conversation."""
-    template = prompts.load("answer", prompt.lang, settings.prompts)
-    if len(prompt.messages) == 1:
-        return template.render(prompt=prompt.messages[0][1])
-    if prompt.messages[0][0] == "system":
-        return prompt.messages
-    return (*(section for section in template.sections if section[0] == "system"), *prompt.messages)
+def _label(
+    account: Account, prompt: OpenPrompt, scores: Scores, settings: PreferenceSettings, thresholds: LabelSettings, panel: Panel
+) -> None:
+    """Enter each sample as good, bad or rejected; the prompt's own row is rejected when no sample is kept."""
+    seen: set[str] = set()
+    for sample in scores.samples:
+        why = sample.why
+        if why is None and sample.text in seen:
+            why = Reject("duplicate_reply")
+        seen.add(sample.text)
+        value = sample.score
+        identity = tables.stable_id("preferences", panel.seed, prompt.id, "label", sample.number)
+        label = None
+        if why is None and value is not None:
+            label = False if value <= thresholds.bad else True if value >= thresholds.good and sample.form > 0 else None
+            why = Reject("between", value) if label is None else None
+        if label is None:
+            account.reject(identity, sample.text, why or Reject("between", value), source=prompt.id, step="samples")
+            continue
+        row = {
+            "id": identity,
+            "messages": [*messages_of(prompt), {"role": "assistant", "content": sample.text}],
+            "label": label,
+            "score": value,
+            "lang": prompt.lang,
+            "provenance": _provenance(prompt, settings, panel, "label"),
+        }
+        operation = "desirable" if label else "undesirable"
+        account.keep(row, operation, {"prompt": prompt.text, "reply": sample.text, "label": label}, created=bool(account.rows))
+    if not account.rows:
+        account.reject(prompt.id, prompt.text, Reject("no_label"), created=False)
+
+
+def note(account: Account, lang: str, scores: Scores) -> None:
+    """Put what was measured of one prompt's replies into the account's statistics."""
+    measured = [(s.tokens, s.raw, s.score) for s in scores.samples if s.raw is not None and s.score is not None]
+    sums = length_bias.score_sums(measured)
+    if sums:
+        account.extra["length"] = {lang: sums}
+    if scores.counts:
+        account.extra["judge"] = dict(sorted(scores.counts.items()))
+    unscored = [sample.why.reason for sample in scores.samples if sample.why is not None]
+    if unscored:
+        account.extra["unscored"] = {reason: unscored.count(reason) for reason in sorted(set(unscored))}
+
+
+def pair_statistics(account: Account) -> dict[str, Any]:
+    """Pairs, their margins in tenths, and the sums of their lengths, of the rows that an account keeps in the end."""
+    margins: dict[str, int] = {}
+    for row in account.rows:
+        key = f"{int(row['margin'] * 10 + 1e-6) / 10:.1f}"
+        margins[key] = margins.get(key, 0) + 1
+    return {
+        "pairs": len(account.rows),
+        "margins": dict(sorted(margins.items(), key=lambda item: float(item[0]))),
+        "length": length_bias.sums_of_pairs(account.rows),
+    }
+
+
+def shown(prompt: OpenPrompt, scores: Scores) -> str:
+    """A rejected prompt with all its samples and scores, as the text of the reject."""
+    samples = [
+        {
+            "text": s.text,
+            "score": s.score,
+            "form": s.form,
+            "tokens": s.tokens,
+            **s.parts,
+            **({"why": s.why.reason} if s.why else {}),
+        }
+        for s in scores.samples
+    ]
+    return json.dumps({"prompt": prompt.text, "samples": samples}, ensure_ascii=False)
+
+
+def messages_of(prompt: OpenPrompt) -> list[dict[str, str]]:
+    return [{"role": role, "content": content} for role, content in prompt.messages]
+
+
+def _provenance(prompt: OpenPrompt, settings: PreferenceSettings, panel: Panel, operation: str) -> dict[str, Any]:
+    made = templates(prompt, settings, settings)
+    row = Provenance(panel.model, panel.revision, made, {}, panel.seed, [prompt.id], operation, 0).to_row()
+    return {**row, "sampling": provenance_sampling(settings, settings, panel)}
+
+
+def _first_unanswered(replies: Sequence[Reply]) -> Reject:
+    return next(reply.unanswered for reply in replies if reply.unanswered is not None)

@@ -114,6 +114,18 @@ class Account:
         self.ledger.created += created
         self.ledger.rows_in += not created
 
+    def withdraw(self, place: int, why: Reject, text: str, step: str = "") -> None:
+        """Set the kept row at `place` aside after all; `text` is what the reject shows."""
+        row = self.rows.pop(place)
+        operator = f"{self.operator}.{step}" if step else self.operator
+        self.rejects.append(
+            {"id": row["id"], "text": text, "operator": operator, "reason": why.reason, "value": why.value, "detail": why.detail}
+        )
+        self.ledger.kept -= 1
+        self.ledger.rejected[f"{operator}:{why.reason}"] += 1
+        self.languages[row.get("lang") or "unknown"] -= 1
+        self.operations[row["provenance"]["operation"]] -= 1
+
     def score(self, similarity: float) -> None:
         """Count the highest similarity of a candidate in the histogram of novelty, in tenths."""
         self.novelty[f"{min(int(similarity * 10), 10) / 10:.1f}"] += 1

@@ -10,7 +10,7 @@ from cluster import storage
 from operators import shards
 
 CHOOSING_KINDS = ("score", "select", "mix")
-SYNTHESIS_KINDS = ("self_instruct", "evol_instruct", "document_instruct")
+SYNTHESIS_KINDS = ("self_instruct", "evol_instruct", "document_instruct", "responses")
 TRAINING_KINDS = ("pretrain", "sft", "dpo")
 
 

@@ -1,67 +1,68 @@
-"""The stage that makes preference pairs."""
+"""The stage that makes preference pairs, or labelled replies."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from typing import Literal
+from typing import Any, Literal
 
+import pyarrow as pa
 from pydantic import Field
 
-from operators import tables
+from operators.ledger import merge_stats
 from operators.stage import StageContext
 from operators.synthesis.flow import Flow
-from operators.synthesis.heuristics import language_of
-from operators.synthesis.preferences import PreferencePrompt, PreferenceSettings, pair_flow
+from operators.synthesis.length_bias import bound_longer
+from operators.synthesis.preferences import PreferenceSettings, pair_statistics, preference_flow
 from operators.synthesis.requests import Reject
 from operators.synthesis.rows import Account
-from pipelines.stages.generating import GeneratingStage, Row, follow_rows, listed
+from pipelines.stages.answering import AnsweringStage, Duplicates, rejected
+from pipelines.stages.generating import Row, listed
 
 
-class PreferencesStage(GeneratingStage, PreferenceSettings):
-    """Preference pairs: several samples for each prompt of the input, scored; the best and the worst if far enough apart."""
+class PreferencesStage(AnsweringStage, PreferenceSettings):
+    """Preferences: several samples for each prompt of the input, scored and paired; or labelled good and bad (`unpaired`).
+
+    Replies are scored by form and agreement, by a judge (points by a rubric, or pairs in both orders) or by a reward model.
+    `generator: {model: "@STAGE"}` draws them from a model that this run trained: on-policy pairs.
+    """
 
     kind: Literal["preferences"]
     input: str | list[str] = Field(description="stage(s) whose conversations give the prompts")
+    duplicates: Duplicates = Field(default="reject", description="what becomes of a prompt that came before")
 
     def input_names(self) -> list[str]:
-        return [*listed(self.input), *self.model_stages()]
+        return list(dict.fromkeys([*listed(self.input), *self.model_stages()]))
 
     def run(self, context: StageContext) -> None:
         started = time.monotonic()
+        generator, panel, end = self.make_panel(context)
         settings: PreferenceSettings = self.method_settings(PreferenceSettings, context)
-        generator = self.make_generator(context)
-        seen: set[str] = set()
 
         def flow_of(row: Row) -> tuple[int, Flow[Account]]:
-            messages = tuple((message["role"], message["content"]) for message in row["messages"])
-            why = None
-            if not messages or messages[-1][0] != "assistant" or len(messages) < 2 or messages[-2][0] != "user":
-                why = Reject("no_prompt")
-            elif (key := tables.content_hash(messages[:-1])) in seen:
-                why = Reject("duplicate_prompt")
-            elif context.limit is not None and len(seen) >= context.limit:
-                why = Reject("left_over", detail="limit")
-            if why is not None:
-                return 0, _rejected(row, why)
-            seen.add(key)
-            prompt = PreferencePrompt(row["id"], messages[:-1], messages[-1][1], row["lang"] or language_of(messages[-2][1]))
-            return pair_flow(prompt, settings, generator.revision, self.model_name, context.seed)
+            taken = row["taken"]
+            if isinstance(taken, Reject):
+                return 0, rejected(self.kind, row, taken)
+            return preference_flow(taken, settings, panel)
 
-        def unasked(row: Row, account: Account) -> None:
-            account.reject(row["id"], _text(row), Reject("token_cap"), created=False)
+        try:
+            rows = self.prompts_of(context, listed(self.input), self.duplicates)
+            self.run_rows(context, rows, flow_of, self.unasked, settings.schema, generator)
+        finally:
+            end()
+        self.finish(context, generator, started, self.measures(context))
 
-        rows: Iterator[Row | None] = follow_rows(context, listed(self.input), tables.CONVERSATIONS)
-        self.run_rows(context, rows, flow_of, unasked, tables.PREFERENCES, generator)
-        self.finish(context, generator, started)
-
-
-def _text(row: Row) -> str:
-    return "\n\n".join(message["content"] or "" for message in row["messages"])
-
-
-def _rejected(row: Row, why: Reject) -> Flow[Account]:
-    account = Account("preferences")
-    account.reject(row["id"], _text(row), why, created=False)
-    return account
-    yield []  # makes this a generator that asks nothing
+    def commit(
+        self,
+        context: StageContext,
+        unit: int,
+        account: Account,
+        schema: pa.Schema,
+        stats: dict[str, Any],
+        extra: dict[str, Any] | None = None,
+    ) -> None:
+        """A unit's pairs are bound in their share of longer replies when all of them are known."""
+        if self.unpaired is None:
+            if self.max_chosen_longer is not None:
+                bound_longer(account, self.max_chosen_longer)
+            stats = merge_stats({**account.stats(), "usage": stats["usage"]}, pair_statistics(account))
+        super().commit(context, unit, account, schema, stats, extra)

@@ -1,4 +1,4 @@
-"""Evol-Instruct and preference pairs on recorded replies, English and Chinese."""
+"""Evol-Instruct on recorded replies, English and Chinese."""
 
 from __future__ import annotations
 
@@ -16,17 +16,8 @@ from operators.synthesis.evol_instruct import (
     parse_judgement,
     parse_rewrite,
 )
-from operators.synthesis.preferences import (
-    PreferencePrompt,
-    PreferenceSettings,
-    Scored,
-    choose,
-    form_score,
-    pair_flow,
-    score_samples,
-)
 from operators.synthesis.requests import Reject, Reply, Request
-from tests.operators.synthesis.recorded import Recording, generator, last, played
+from tests.operators.synthesis.recorded import Recording, generator, last
 
 EVOL = EvolSettings(rounds=2)
 POOL = [
@@ -144,71 +135,3 @@ def test_short_apologies_and_empty_answers_eliminate() -> None:
         assert found is not None
         assert found.reason == reason
     assert check_answer("Explain x.", said("It rises because of yeast."), "en", EVOL) is None
-
-
-PREFERENCES = PreferenceSettings(samples=4, min_margin=0.1)
-
-
-def prompt(identity: str, text: str, lang: str = "en") -> PreferencePrompt:
-    return PreferencePrompt(identity, (("user", text),), "Paris is the capital of France.", lang)
-
-
-def test_the_best_and_the_worst_sample_become_a_pair(tmp_path: Path) -> None:
-    samples = [
-        "The capital is Paris.",
-        "The capital of France is Paris.",
-        "France's capital is Paris.",
-        "no no no no no no no no no no no no",
-    ]
-    chinese = ["首都是巴黎。", "法国的首都是巴黎。", "法国首都是巴黎。", "不不不不不不不不不不不不"]
-    recording = Recording(lambda r: (chinese if "首都" in last(r) else samples)[r.sample])
-    found = [prompt("p", "What is the capital of France?"), prompt("q", "法国的首都是哪里？", "zh")]
-    account = played(
-        generator(recording, str(tmp_path)), (pair_flow(prompt, PREFERENCES, "revision", "recorded", 17) for prompt in found)
-    )
-    stats = account.stats()
-    assert [row["rejected"][0]["content"] for row in account.rows] == [samples[3], chinese[3]]
-    assert all("Paris" in row["chosen"][0]["content"] or "巴黎" in row["chosen"][0]["content"] for row in account.rows)
-    assert all(row["margin"] >= 0.1 for row in account.rows)
-    assert stats["pairs"] == 2
-    assert account.rows[0]["prompt"] == [{"role": "user", "content": "What is the capital of France?"}]
-    assert len({r.seed for r in recording.asked}) == 8, "samples of one prompt have seeds of their own"
-
-
-def test_ties_and_small_margins_never_become_pairs(tmp_path: Path) -> None:
-    recording = Recording(
-        lambda r: "Paris." if "tie" in last(r) else f"The capital of France is Paris, dear reader{'.' * (r.sample + 1)}"
-    )
-    found = [prompt("p", "tie: the capital of France?"), prompt("q", "What is the capital of France?")]
-    account = played(generator(recording, str(tmp_path)), (pair_flow(prompt, PREFERENCES, "revision", "m", 17) for prompt in found))
-    assert not account.rows
-    assert {r["reason"] for r in account.rejects} <= {"tie", "margin"}
-    account.ledger.check("test")
-    assert account.ledger.rows_in == 2
-
-
-def test_choose_needs_the_margin_and_breaks_ties_by_sample_number() -> None:
-    scored = [Scored("a", 0.5, 0, 1), Scored("b", 0.9, 0, 1), Scored("c", 0.9, 0, 1), Scored("d", 0.5, 0, 1)]
-    best, worst, margin = choose(scored, 0.1)  # type: ignore[misc]
-    assert (best.text, worst.text, margin) == ("b", "a", 0.4)
-    assert choose(scored, 0.5) == Reject("margin", 0.4)
-    assert choose([scored[1], scored[1]], 0.1) == Reject("tie", 0.0)
-
-
-def test_form_counts_faults_and_not_length() -> None:
-    question = "Tell me about rivers."
-    assert form_score(question, said("Rivers carry water to the sea."), "en") == 1.0
-    assert form_score(question, said("Rivers carry water to the sea. " + " ".join(f"w{n}" for n in range(300))), "en") == 1.0
-    assert form_score(question, said("Rivers carry water", "length"), "en") == 0.5
-    assert form_score(question, said("I'm sorry, I can't help."), "en") == 0.5
-    assert form_score("介绍一下河流。", said("Rivers carry water to the sea."), "zh") == 0.0
-    assert form_score(question, said("?!"), "en") == 0.0
-    assert form_score(question, said("Tell me about rivers."), "en") == 0.0
-
-
-def test_reference_agreement_prefers_what_is_like_the_rows_own_answer() -> None:
-    settings = PreferenceSettings(agreement="reference", agreement_weight=1.0)
-    replies = [said("Paris is the capital of France."), said("Berlin.")]
-    scored = score_samples(prompt("p", "What is the capital of France?"), replies, settings)
-    assert scored[0].score == 1.0
-    assert scored[1].score == 0.0
