@@ -10,8 +10,10 @@ from operators.config import Settings
 from operators.synthesis.heuristics import InstructionRules
 from operators.synthesis.requests import SamplingSettings
 
-_PAPER_WORDS = [*"image images graph graphs picture pictures file files map maps draw plot".split(), "go to"]
-_CHINESE_WORDS = "图片 图像 照片 图表 文件 地图 画一 画出 绘制 前往".split()
+_PAPER_WORDS = [
+    "image", "images", "graph", "graphs", "picture", "pictures", "file", "files", "map", "maps", "draw", "plot", "go to"
+]  # fmt: skip
+_CHINESE_WORDS = ["图片", "图像", "照片", "图表", "文件", "地图", "画一", "画出", "绘制", "前往"]
 
 PRESETS: dict[str, dict[str, Any]] = {
     "small": {},
