@@ -8,7 +8,7 @@ write   part -> one removal bitmap for each time the part is read, and the table
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,8 +20,11 @@ import ray
 from cluster import storage
 from operators import shards
 from operators.ledger import Ledger, merge_stats
+from operators.sampling.card import CardSettings, write_card
+from operators.sampling.describe import describe
 from operators.sampling.keys import MOST_GROUPS, Order, batches, read_keys, write_keys
 from operators.sampling.radix import Search, digits, select
+from operators.sampling.raking import SharesError, rake
 from operators.shards import Part
 from operators.stage import StageContext
 from operators.tokens.tasks import run_tasks
@@ -62,6 +65,7 @@ class Chooser:
 
     def __init__(self, context: StageContext, inputs: Sequence[str], order: Order, tokenizer: bytes | None = None) -> None:
         self.context, self.order, self.tokenizer = context, order, tokenizer
+        self._inputs = list(inputs)
         self.parts: list[tuple[str, Part]] = []
         first = 0
         for name in inputs:  # ordinals run on from one input to the next
@@ -111,8 +115,8 @@ class Chooser:
         """Group numbers of a part's own numbering in the stage's."""
         return np.array([self._places[name] for name in record["names"]], np.int64)
 
-    def write(self, choice: Choice, stats: dict[str, Any]) -> shards.Manifest:
-        """Bitmaps, tables of removed rows and the manifest."""
+    def write(self, choice: Choice, stats: dict[str, Any], card: CardSettings | None = None) -> shards.Manifest:
+        """Bitmaps, tables of removed rows, the data card if there is to be one, and the manifest."""
         directory, entries = self.context.directory, {}
         shared = ray.put(choice)
         jobs = [
@@ -156,8 +160,24 @@ class Chooser:
             merge_stats(taken, entry["taken"])
         for name, found in stats["groups"].items():
             found["taken"] = taken.get(name, {"documents": 0, "size": 0})
-        removed = [entries[unit]["table"] for unit in sorted(entries) if entries[unit]["table"]]
-        return self.context.finish(ledger=ledger, stats=stats, view=view, files={"removed": removed})
+        files: dict[str, Any] = {"removed": [entries[unit]["table"] for unit in sorted(entries) if entries[unit]["table"]]}
+        if card is not None:
+            stats["shares"] = reached_shares(stats["groups"], self.order.groups)
+            stats["mixture"] = self._described(choice)
+            files["card"] = write_card(self.context, card, self.order, stats, [self.context.inputs[name] for name in self._inputs])
+        return self.context.finish(ledger=ledger, stats=stats, view=view, files=files)
+
+    def _described(self, choice: Choice) -> dict[str, Any]:
+        """What the card tells of the rows that were taken, each as often as it was taken."""
+        shared = ray.put(choice)
+        jobs = [
+            (part, source, self._scratch, self._records[unit], self._numbers(self._records[unit]), shared)
+            for unit, (source, part) in enumerate(self.parts)
+        ]
+        found: dict[str, Any] = {}
+        for _, entry in run_tasks(_describe, jobs, self.context.workers, self.context.check_cancelled):
+            merge_stats(found, entry)
+        return found
 
     def _progress(self, done: int) -> None:
         self.context.progress(done, self._total, "units")
@@ -168,6 +188,17 @@ def _rows(scratch: str, record: dict[str, Any], numbers: np.ndarray) -> Iterator
     for batch in read_keys(scratch, record):
         row, group, key, size = (batch[name].to_numpy() for name in ("row", "group", "key", "size"))
         yield row, numbers[group], key, size
+
+
+@ray.remote(num_cpus=1)
+def _describe(part: Part, source: str, scratch: str, record: dict[str, Any], numbers: np.ndarray, choice: Choice) -> dict[str, Any]:
+    """The counts of one part's rows by what the card lists (see describe)."""
+    times, sizes = np.zeros(part.rows, np.int64), np.zeros(part.rows, np.int64)
+    for row, group, key, size in _rows(scratch, record, numbers):
+        sizes[row] = size
+        for time in range(choice.times):
+            times[row] += choice.taken(time, group, key)
+    return describe(part, source, times, sizes)
 
 
 @ray.remote(num_cpus=1)
@@ -267,18 +298,52 @@ def shares_of(sizes: dict[str, int], weights: dict[str, float] | None, temperatu
     return {name: raw.get(name, 0.0) / total for name in sizes}
 
 
+def raked_shares(sizes: dict[str, int], shares: Mapping[str, Mapping[str, float]], stage: str) -> dict[str, float]:
+    """The share of each group so that all `shares` are met (see raking). Raises ValueError."""
+    keys = [tuple(name.split("|")) for name in sizes]
+    odd = next((name for name, key in zip(sizes, keys, strict=True) if len(key) != len(shares)), None)
+    if odd is not None:
+        raise ValueError(f"stage {stage}: a value of {list(shares)} holds a `|` ({odd!r}), which joins values; rename it")
+    try:
+        found = rake(keys, list(sizes.values()), shares)
+    except SharesError as error:
+        raise ValueError(f"stage {stage}: {error}") from None
+    return dict(zip(sizes, found.tolist(), strict=True))
+
+
+def reached_shares(groups: Mapping[str, Mapping[str, Any]], lines: Sequence[str]) -> dict[str, dict[str, dict[str, float]]]:
+    """`{line: {value: {target, reached, error}}}` of sizes, for each column that makes the groups."""
+    total = sum(group["taken"]["size"] for group in groups.values()) or 1
+    found: dict[str, dict[str, dict[str, float]]] = {line: {} for line in lines}
+    for name, group in groups.items():
+        values = name.split("|") if name.count("|") == len(lines) - 1 else [name] * len(lines)
+        for line, value in zip(lines, values, strict=True):
+            entry = found[line].setdefault(value, {"target": 0.0, "reached": 0.0, "documents": 0, "size": 0})
+            entry["target"] += group["share"]
+            entry["size"] += group["taken"]["size"]
+            entry["documents"] += group["taken"]["documents"]
+    for entries in found.values():
+        for entry in entries.values():
+            entry["target"] = round(entry["target"], 6)
+            entry["reached"] = round(entry["size"] / total, 6)
+            entry["error"] = round(entry["reached"] - entry["target"], 6)
+    return found
+
+
 def mix_stage(
     context: StageContext,
     inputs: Sequence[str],
     order: Order,
     *,
     weights: dict[str, float] | None,
+    shares: Mapping[str, Mapping[str, float]] | None = None,
+    card: CardSettings | None = None,
     temperature: float,
     total: int | None,
     max_repeats: float,
     tokenizer: bytes | None = None,
 ) -> None:
-    """Bring the groups to their shares by leaving rows out and repeating them (see shares_of).
+    """Bring the groups to their shares by leaving rows out and repeating them (see shares_of and raked_shares).
 
     `total` is the size of the mixture; left out, it is the largest that repeats no group more than `max_repeats` times.
     Raises ValueError, naming the group, when `total` would repeat one more often.
@@ -286,23 +351,29 @@ def mix_stage(
     chooser = Chooser(context, inputs, order, tokenizer)
     groups = chooser.measure()
     sizes = {name: found["size"] for name, found in groups.items()}
-    shares = shares_of(sizes, weights, temperature, context.stage)
-    wanted = {name: share for name, share in shares.items() if share > 0}
+    if shares is not None:
+        wanted_shares = raked_shares(sizes, shares, context.stage)
+    else:
+        wanted_shares = shares_of(sizes, weights, temperature, context.stage)
+    wanted = {name: share for name, share in wanted_shares.items() if share > 0}
     if total is None:
         total = int(min(max_repeats * sizes[name] / share for name, share in wanted.items()))
-    repeats = {name: total * share / sizes[name] if sizes[name] else 0.0 for name, share in shares.items()}
+    repeats = {name: total * share / sizes[name] if sizes[name] else 0.0 for name, share in wanted_shares.items()}
     worst = max(repeats, key=lambda name: repeats[name])
     if repeats[worst] > max_repeats * (1 + 1e-9):
         raise ValueError(
             f"stage {context.stage}: a total of {total} {order.unit} would repeat {worst!r} {repeats[worst]:.2f} times "
-            f"({sizes[worst]} {order.unit}, share {shares[worst]:.4f}); "
+            f"({sizes[worst]} {order.unit}, share {wanted_shares[worst]:.4f}); "
             f"lower `total` or its weight, or raise `max_repeats` ({max_repeats})"
         )
     whole = np.array([int(repeats[name]) for name in groups], np.int64)
-    targets = np.array([max(0, round(total * shares[name]) - int(repeats[name]) * sizes[name]) for name in groups], np.int64)
+    targets = np.array([max(0, round(total * wanted_shares[name]) - int(repeats[name]) * sizes[name]) for name in groups], np.int64)
     search = chooser.limits(targets)
     nothing = targets == 0
     search.limits[nothing], search.all_taken[nothing] = 0, False
-    stats = {name: {**found, "share": round(shares[name], 6), "repeats": round(repeats[name], 4)} for name, found in groups.items()}
+    stats = {
+        name: {**found, "share": round(wanted_shares[name], 6), "repeats": round(repeats[name], 4)}
+        for name, found in groups.items()
+    }
     choice = Choice(chooser.names, whole, search.limits, search.all_taken, "mix:not_drawn")
-    chooser.write(choice, {"unit": order.unit, "total": total, "groups": stats})
+    chooser.write(choice, {"unit": order.unit, "total": total, "groups": stats}, card or CardSettings())

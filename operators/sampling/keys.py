@@ -20,11 +20,11 @@ import ray
 from cluster import storage
 from operators import shards
 from operators.ledger import Ledger
+from operators.sampling.contents import Counted, Unit, columns_of_groups, group_values, sizes, text_columns
 from operators.shards import Part, UnitWriter
 from operators.tokens.encode import Encoder, single_threaded
 from operators.tokens.hashing import hash_strings
 
-Unit = Literal["documents", "bytes", "characters", "tokens"]
 Combine = Literal["mean", "geometric", "min", "max"]
 
 INPUT = "input"  # the group column that stands for the input stage a row came from
@@ -46,6 +46,7 @@ class Order:
     scores: tuple[tuple[str, float], ...] = ()
     combine: Combine = "mean"
     highest: bool = True
+    counted: Counted = "all"
 
 
 def combined(columns: Sequence[np.ndarray], weights: Sequence[float], how: Combine) -> np.ndarray:
@@ -82,8 +83,11 @@ def batches(part: Part, source: str, order: Order, encoder: Encoder | None) -> I
 
     Raises KeyError naming file and column when a score or group column is missing.
     """
-    groups = [name for name in order.groups if name != INPUT]
-    columns = ["id", *groups, *(name for name, _ in order.scores), *(["text"] if order.unit != "documents" else [])]
+    with storage.open_input(part.path) as stream:
+        names = pq.read_schema(stream).names
+    groups = columns_of_groups([name for name in order.groups if name != INPUT], names)
+    said = text_columns(names, order.counted, part.path) if order.unit != "documents" else []
+    columns = ["id", *groups, *(name for name, _ in order.scores), *said]
     for ordinals, batch in shards.read(part, list(dict.fromkeys(columns)), _BATCH_ROWS):
         hashes = hash_strings(batch["id"], order.seed ^ _SALT)
         scores = np.full(batch.num_rows, np.nan)
@@ -91,25 +95,12 @@ def batches(part: Part, source: str, order: Order, encoder: Encoder | None) -> I
             values = [batch[name].cast(pa.float64()).to_numpy(zero_copy_only=False) for name, _ in order.scores]
             scores = combined(values, [weight for _, weight in order.scores], order.combine)
             hashes = (ranks(scores, order.highest).astype(np.uint64) << np.uint64(32)) | (hashes >> np.uint64(32))
-        pieces = [pa.array([source] * batch.num_rows) if name == INPUT else _group(batch[name]) for name in order.groups]
+        pieces = [pa.array([source] * batch.num_rows) if name == INPUT else group_values(batch, name) for name in order.groups]
         names = pc.binary_join_element_wise(*pieces, "|") if pieces else pa.array([""] * batch.num_rows)
         local = ordinals.to_numpy() - np.uint64(part.first_ordinal)
-        table = {"row": local.astype(np.uint32), "name": names, "key": hashes, "size": _sizes(batch, order.unit, encoder)}
+        table = {"row": local.astype(np.uint32), "name": names, "key": hashes}
+        table["size"] = sizes(batch, order.unit, order.counted, said, encoder)
         yield pa.table(table), scores
-
-
-def _group(column: pa.Array) -> pa.Array:
-    return pc.fill_null(column.cast(pa.string()), "")
-
-
-def _sizes(batch: pa.RecordBatch, unit: Unit, encoder: Encoder | None) -> np.ndarray:
-    if unit == "documents":
-        return np.ones(batch.num_rows, np.int64)
-    if unit == "tokens":
-        assert encoder is not None
-        return np.diff(encoder.encode(batch["text"])[1])
-    length = pc.binary_length if unit == "bytes" else pc.utf8_length
-    return pc.fill_null(length(batch["text"]), 0).to_numpy(zero_copy_only=False).astype(np.int64)
 
 
 @ray.remote(num_cpus=1)

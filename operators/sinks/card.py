@@ -53,13 +53,13 @@ def render(
         "",
         "| column | type |",
         "|---|---|",
-        *(f"| `{_cell(f.name)}` | {_cell(str(f.type))} |" for f in schema),
+        *(f"| `{cell(f.name)}` | {cell(str(f.type))} |" for f in schema),
         "",
     ]
     for heading, key in (("Languages", "languages"), ("Sources", "sources"), ("Licences", "licenses")):
         if counts.get(key):
             lines += [f"## {heading}", "", f"| {heading.lower()[:-1]} | rows |", "|---|---|", *_table(counts[key]), ""]
-    return "\n".join([*lines, *_made(context, directories)])
+    return "\n".join([*lines, *made(context, directories)])
 
 
 def _front_matter(options: ExportOptions, title: str, schema: pa.Schema, rows: int, size: int, counts: Mapping[str, Any]) -> str:
@@ -89,20 +89,21 @@ def _front_matter(options: ExportOptions, title: str, schema: pa.Schema, rows: i
 
 def _table(values: Mapping[str, int]) -> list[str]:
     ranked = sorted(values.items(), key=lambda item: (-item[1], item[0]))
-    lines = [f"| {_cell(name) or '(unknown)'} | {rows:,} |" for name, rows in ranked[:_SHOWN]]
+    lines = [f"| {cell(name) or '(unknown)'} | {rows:,} |" for name, rows in ranked[:_SHOWN]]
     if len(ranked) > _SHOWN:
         lines.append(f"| {len(ranked) - _SHOWN} others | {sum(rows for _, rows in ranked[_SHOWN:]):,} |")
     return lines
 
 
-def _cell(text: str) -> str:
+def cell(text: str) -> str:
     return text.replace("|", "\\|").replace("\n", " ")
 
 
-def _made(context: StageContext, directories: Sequence[str]) -> list[str]:
+def made(context: StageContext, directories: Sequence[str]) -> list[str]:
     """The stages that the rows went through, each with its account of rows, and their settings."""
-    stages = _lineage(directories)
-    lines = ["## How it was made", "", f"Export `{context.stage}` ({context.fingerprint}) of these stages, in this order:", ""]
+    stages = lineage(directories)
+    told = f"{context.kind.capitalize()} `{context.stage}` ({context.fingerprint}) of these stages, in this order:"
+    lines = ["## How it was made", "", told, ""]
     lines += ["| stage | kind | fingerprint | in | kept | rejected | quarantined |", "|---|---|---|---|---|---|---|"]
     for manifest in stages:
         ledger = manifest.ledger
@@ -114,13 +115,13 @@ def _made(context: StageContext, directories: Sequence[str]) -> list[str]:
     if reasons:
         lines += ["", "| stage | rejected for | rows |", "|---|---|---|"]
         ranked = sorted(reasons, key=lambda item: (-item[2], item[0], item[1]))[:_SHOWN]
-        lines += [f"| {stage} | {_cell(reason)} | {rows:,} |" for stage, reason, rows in ranked]
+        lines += [f"| {stage} | {cell(reason)} | {rows:,} |" for stage, reason, rows in ranked]
     recipe = {manifest.stage: manifest.config for manifest in stages} | {context.stage: context.config}
     text = yaml.safe_dump({"seed": context.seed, "stages": recipe}, sort_keys=False, allow_unicode=True, width=120)
     return [*lines, "", "The settings, every default written out:", "", "````yaml", text.rstrip(), "````", ""]
 
 
-def _lineage(directories: Sequence[str]) -> list[shards.Manifest]:
+def lineage(directories: Sequence[str]) -> list[shards.Manifest]:
     """The manifests of stages and of all that they were made from, inputs first, each once."""
     found: dict[str, shards.Manifest] = {}
 

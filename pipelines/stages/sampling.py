@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
+from operators.sampling.card import CardSettings
 from operators.sampling.choose import mix_stage, select_stage
-from operators.sampling.keys import INPUT, Combine, Order, Unit
+from operators.sampling.contents import Counted, Unit
+from operators.sampling.keys import INPUT, Combine, Order
 from operators.stage import Stage, StageContext
 from operators.tokens.encode import TokenizerFiles
 
@@ -15,7 +17,12 @@ from operators.tokens.encode import TokenizerFiles
 class _Choosing(Stage):
     """What both stages are told: which rows, how they are measured, by which tokenizer."""
 
-    unit: Unit = Field("documents", description="what sizes are measured in; `tokens` needs a tokenizer and encodes every document")
+    unit: Unit = Field(
+        "documents",
+        description="what sizes are measured in; `tokens` needs a tokenizer and encodes every row, `estimated_tokens` counts 4 "
+        "letters or 1.4 Chinese characters as one",
+    )
+    count: Counted = Field("all", description="of conversations and pairs: all messages, or the assistant's replies only")
     tokenizer: str | None = Field(None, description="the tokenizer stage, for `unit: tokens`")
     tokenizer_path: str | None = Field(None, description="instead of a stage: a directory that holds tokenizer.json")
 
@@ -76,23 +83,34 @@ class SelectStage(_Choosing):
         return self._with_tokenizer(self._inputs())
 
     def run(self, context: StageContext) -> None:
-        order = Order(
-            context.seed, self.unit, tuple(self.within), tuple(self.scores.items()), self.combine, self.order == "highest"
-        )
+        scores, highest = tuple(self.scores.items()), self.order == "highest"
+        order = Order(context.seed, self.unit, tuple(self.within), scores, self.combine, highest, self.count)
         select_stage(context, self._inputs(), order, fraction=self.fraction, amount=self.amount, tokenizer=self._tokenizer(context))
 
 
 class MixStage(_Choosing):
-    """Mixes sources or languages to given shares, leaving rows out of the large ones and repeating the small ones.
+    """Mixes documents, conversations or preference pairs to given shares, leaving rows out of what is plenty and repeating
+    what is scarce.
 
-    Shares are those of the sizes in `unit`s, exact to one document a group. Writes no rows: a repeated part is read
-    again through another bitmap.
+    Shares are those of the sizes in `unit`s, exact to one row a group. Writes no rows: a repeated part is read again
+    through another bitmap. A data card (README.md, README.zh-CN.md) states the mixture.
     """
+
+    version: ClassVar[int] = 2
+    operational: ClassVar[frozenset[str]] = frozenset({"card"})
 
     kind: Literal["mix"]
     input: str | list[str] | dict[str, float] = Field(description="the stages to mix; a mapping gives each stage its weight")
     by: list[str] = Field(
-        default_factory=lambda: [INPUT], description="columns whose values make the groups, joined by `|`; `input` is the stage"
+        default_factory=lambda: [INPUT],
+        description="columns whose values make the groups, joined by `|`; `input` is the stage, `turns` tells multi_turn from "
+        "single_turn conversations, `provenance.operation` is a field of a column",
+    )
+    shares: dict[str, dict[str, float]] | None = Field(
+        None,
+        min_length=1,
+        description="instead of weights: shares along several such columns, all met at once, e.g. `{turns: {multi_turn: 0.7, "
+        "single_turn: 0.3}, input: {general: 0.08}}`; values without a share divide what is left of 1 by their sizes",
     )
     weights: dict[str, float] | None = Field(None, description="weight of each group; `*` is that of every other group")
     temperature: float = Field(
@@ -100,6 +118,7 @@ class MixStage(_Choosing):
     )
     total: int | None = Field(None, ge=1, description="size of the mixture; left out, the largest that keeps to `max_repeats`")
     max_repeats: float = Field(1.0, gt=0, description="how often a group's rows may be used at most")
+    card: CardSettings = Field(CardSettings(), description="what the data card says beside what was counted")
 
     @model_validator(mode="after")
     def _one_way_to_weigh(self) -> MixStage:
@@ -107,6 +126,14 @@ class MixStage(_Choosing):
             raise ValueError("give weights either with `input` or with `by` and `weights`")
         if self.temperature != 1.0 and (self.weights is not None or isinstance(self.input, dict)):
             raise ValueError("give either weights or a `temperature`")
+        if self.shares is not None:
+            if isinstance(self.input, dict) or self.weights is not None or self.by != [INPUT] or self.temperature != 1.0:
+                raise ValueError("give either `shares`, or weights with `input` or `by`, or a `temperature`")
+            if any(not 0 <= share <= 1 for line in self.shares.values() for share in line.values()):
+                raise ValueError("a share is a number from 0 to 1")
+        unknown = [name for name in self.card.licenses if name not in self._inputs()]
+        if unknown:
+            raise ValueError(f"`card.licenses` names {unknown}, which are no inputs")
         given = self.input if isinstance(self.input, dict) else self.weights or {}
         if any(not weight >= 0 for weight in given.values()):
             raise ValueError("a weight is a number of at least 0")
@@ -122,7 +149,9 @@ class MixStage(_Choosing):
         mix_stage(
             context,
             self._inputs(),
-            Order(context.seed, self.unit, tuple(self.by)),
+            Order(context.seed, self.unit, tuple(self.shares or self.by), counted=self.count),
+            shares=self.shares,
+            card=self.card,
             weights=dict(self.input) if isinstance(self.input, dict) else self.weights,
             temperature=self.temperature,
             total=self.total,
