@@ -152,7 +152,7 @@ class Asking:
 
     def request(self, messages: Messages, item: str, sample: int, attempt: int) -> Request:
         seed = request_seed(self.seed, "generate", item, sample, attempt) if self.sampling.temperature else 0
-        return Request(messages, self.sampling, seed, sample, self.json_schema)
+        return Request(messages, self.sampling, seed, sample, self.json_schema, redraw=attempt > 0)
 
 
 def template_flow(row: Row, item: str, method: Method, asking: Asking, added: Row, operator: str) -> Flow[Account]:
