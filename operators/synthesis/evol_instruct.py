@@ -33,6 +33,7 @@ from operators.synthesis.novelty import NoveltyPool, recall, rouge_l
 from operators.synthesis.requests import Reject, Reply, Request, SamplingSettings, request_seed
 from operators.synthesis.rows import Account, Provenance, instruction_row
 from operators.synthesis.self_instruct import again
+from operators.synthesis.task_parsing import shown_examples
 from operators.synthesis.texts import Texts
 
 Operation = Literal["constraint", "deepen", "concretize", "reasoning", "complicate", "breadth"]
@@ -173,6 +174,9 @@ def parse_rewrite(reply: Reply, parent: str, lang: str, operation: str, settings
         return Reject("copied_prompt")
     if heuristics.without_content(text):
         return Reject("no_content")
+    copied = heuristics.copies(text, shown_examples(prompts.load(f"evol_{operation}", lang, settings.prompts)))
+    if copied is not None:
+        return copied
     similarity = rouge_l(parent, text)
     if similarity >= settings.max_parent_similarity:
         return Reject("adds_nothing", similarity)

@@ -36,13 +36,37 @@ _NO_INPUT = frozenset(
 
 
 _REFUSAL = re.compile(
-    r"\b(?:i'?m|i am) sorry\b|\bas an ai\b|\b(?:i'?m|i am) (?:just |only )?an? (?:ai|language model)\b"
-    r"|\bi (?:cannot|can'?t|am unable)\b"
-    r"|抱歉|对不起|作为一个?(?:人工智能|AI|语言模型)|我(?:不能|无法)",
+    r"\b(?:i'?m|i am) sorry\b(?! to hear)|\bas an ai\b|\b(?:i'?m|i am) (?:just |only )?an? (?:ai|language model)\b"
+    r"|\bi (?:cannot|can'?t|am unable)\b(?! help but)"
+    r"|^.{0,8}(?:抱歉|对不起)(?!听到)|作为一个?(?:人工智能|AI|语言模型)|我(?:不能|无法)",
     re.IGNORECASE,
 )
 _REFUSAL_WINDOW = 160  # characters of a reply's beginning in which a refusal shows itself
 
+
+_OFFER = re.compile(
+    r"\s*(?:(?:sure|certainly|of course|absolutely)[,!.]* )?"
+    r"(?:(?:i'?m|i am|i'd be|i would be|i'll be) (?:here|happy|glad|ready|sure|just|able)"
+    r"|i (?:can|could|will|would love to) (?:help|assist|make|do))\b"
+    r"|\s*(?:当然[，,]?|好的[，,]?)?我(?:很乐意|可以帮|能帮|随时|会帮)",
+    re.IGNORECASE,
+)
+_OFFER_LENGTH = 80  # words or characters: a longer reply that begins with an offer usually goes on to do what it offers
+_STATEMENT = re.compile(
+    r"(?:the|this|that|these|those|it|it's|i|i'm|i've|i'd|my|we|our|he|she|his|her|they|their|there|yes|no|sure|here)\b[^.!?]*[.!]?\s*$",
+    re.IGNORECASE,
+)
+_LABELS = re.compile(
+    r"\b(?:classify|categorize|categorise|true or false|yes or no|positive or negative|spam or|which category|sentiment)\b"
+    r"|^(?:decide|determine|tell|say|check|identify|judge) (?:me )?(?:if|whether)\b"
+    r"|^(?:is|are|does|do|was|were) (?:the|this|these|it)\b.{1,60}\bor\b"
+    r"|分类|归类|判断.{0,30}(?:是否|还是|是不是|属于)|(?:正面|积极|真|对|是)(?:还是|或)(?:负面|消极|假|错|否)",
+    re.IGNORECASE,
+)
+
+
+_FOREIGN_OUTPUT = re.compile(r"[A-Za-z]{3}|英文|英语|外语|翻译|译成|代码|程序|函数|脚本|编程|注释")
+"""Chinese tasks whose output may well be in another script: translations and code."""
 
 _MATERIAL = (
     "sentence|sentences|paragraph|passage|text|article|story|poem|email|list|word|words|number|numbers|question|review|dialogue"
@@ -75,6 +99,7 @@ class InstructionRules(Settings):
         description="openings that lead to tasks without a usable input",
     )
     min_script: float = Field(default=0.5, ge=0, le=1, description="least share of letters in the script of the language")
+    statements: bool = Field(default=False, description="let English sentences pass that state something (`The sky is blue.`)")
 
 
 def language_of(text: str) -> str:
@@ -119,6 +144,8 @@ def check_instruction(text: str, lang: str, rules: InstructionRules) -> Reject |
         return Reject("wrong_language", share)
     if _MARKERS.search(text):
         return Reject("prompt_marker")
+    if lang == "en" and not rules.statements and _STATEMENT.match(text):
+        return Reject("statement")
     return None
 
 
@@ -142,18 +169,21 @@ def check_instance(instruction: str, given: str, output: str, lang: str, min_scr
         return Reject("trailing_colon")
     if _MARKERS.search(output) or _MARKERS.search(given):
         return Reject("prompt_marker")
-    if lang == "zh" and script_share(output, lang) < min_script and length_of(output, lang) > 8:
+    foreign = lang == "zh" and script_share(output, lang) < min_script and length_of(output, lang) > 8
+    if foreign and not _FOREIGN_OUTPUT.search(instruction):
         return Reject("wrong_language", script_share(output, lang))
     if refuses(output):
         return Reject("refusal")
+    if _OFFER.match(output.replace("\u2019", "'")) and length_of(output, lang) < _OFFER_LENGTH:
+        return Reject("no_answer")
     repetition = repeated_share(output)
     if repetition > 0.5:
         return Reject("repetitive", repetition)
     return None
 
 
-def check_input(instruction: str, given: str, lang: str) -> Reject | None:
-    """Why an input that was written for a task is none, or None: it repeats the task, or is in another language's script."""
+def check_input(instruction: str, given: str) -> Reject | None:
+    """Why an input that was written for a task is none, or None: it repeats the task, or refuses it."""
     if given and rouge_l(instruction, given) >= 0.8:
         return Reject("input_is_instruction")
     if refuses(given):
@@ -164,6 +194,20 @@ def check_input(instruction: str, given: str, lang: str) -> Reject | None:
 def refers_to_input(instruction: str) -> bool:
     """True when an instruction speaks of material that it does not contain (`the following text`, `给定的句子`)."""
     return bool(_REFERS.search(instruction)) and not _QUOTED.search(instruction)
+
+
+def wants_label(instruction: str) -> bool:
+    """True when the words of an instruction ask for a label from a small set (`Classify`, `Decide whether`, `判断……是否`)."""
+    return bool(_LABELS.search(instruction))
+
+
+def copies(text: str, shown: Sequence[str], limit: float = 0.7) -> Reject | None:
+    """A reject when a text repeats one of those that the prompt showed as examples."""
+    for example in shown:
+        similarity = rouge_l(example, text)
+        if similarity >= limit and length_of(text, language_of(text)) > 3:
+            return Reject("copied_example", similarity)
+    return None
 
 
 def refuses(text: str) -> bool:

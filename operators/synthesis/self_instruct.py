@@ -38,6 +38,7 @@ from operators.synthesis.task_parsing import (
     parse_input,
     parse_instructions,
     parse_labelled,
+    shown_examples,
 )
 from operators.synthesis.texts import Texts
 
@@ -366,6 +367,8 @@ class SelfInstruct:
         if reply.unanswered is not None:
             return _Instances(rejects=[(task.id, task.instruction, reply.unanswered, "classification")])
         answer = parse_classification(reply)
+        if settings.classification == "either":
+            answer = answer or heuristics.wants_label(task.instruction)
         found: list[Pair] | Reject
         most, drop = settings.instances_per_task, settings.drop_reply
         if answer:
@@ -407,7 +410,8 @@ class SelfInstruct:
                 return given
             if not given and heuristics.refers_to_input(task.instruction):
                 return Reject("missing_input")
-            return heuristics.check_input(task.instruction, given, task.lang) or given
+            shown = shown_examples(self._prompt("input_first", task.lang))
+            return heuristics.check_input(task.instruction, given) or heuristics.copies(given, shown) or given
 
         return parse
 
@@ -445,6 +449,9 @@ class SelfInstruct:
         for index, (given, output) in enumerate(found):
             identity = task.id if index == 0 else tables.stable_id(task.id, index)
             why = clash or heuristics.check_instance(task.instruction, given, output, task.lang, self.settings.rules.min_script)
+            if why is None and step in ("output_first", "instances"):
+                shown = shown_examples(self._prompt(step, task.lang))
+                why = heuristics.copies(given, shown) or heuristics.copies(output, shown)
             if why is None and (given, output) in seen:
                 why = Reject("duplicate_instance")
             seen.add((given, output))

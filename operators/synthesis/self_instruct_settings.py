@@ -23,11 +23,12 @@ PRESETS: dict[str, dict[str, Any]] = {
         "tasks_per_call": 15,
         "example_length": {},
         "outputs": "form",
+        "classification": "model",
         "inputs": "always",
         "instances_per_task": 5,
         "attempts": 1,
         "truncated": "reply",
-        "rules": {"keywords": {"en": _PAPER_WORDS, "zh": _CHINESE_WORDS}},
+        "rules": {"keywords": {"en": _PAPER_WORDS, "zh": _CHINESE_WORDS}, "statements": True},
         "instruction_sampling": {"temperature": 0.7, "top_p": 0.5, "presence_penalty": 2.0, "max_tokens": 1024, "stop": ["\n\n"]},
         "instance_sampling": {"temperature": 0.0, "presence_penalty": 1.5, "max_tokens": 350},
     },
@@ -42,7 +43,8 @@ PRESETS: dict[str, dict[str, Any]] = {
             "keywords": {
                 "en": [*_PAPER_WORDS, "video", "audio", "music", "flowchart", "diagram"],
                 "zh": [*_CHINESE_WORDS, "视频", "音频", "音乐", "流程图", "示意图"],
-            }
+            },
+            "statements": True,
         },
         "instruction_sampling": {"temperature": 1.0, "max_tokens": 3072, "stop": []},
     },
@@ -72,6 +74,11 @@ class SelfInstructSettings(Settings):
     )
     outputs: Literal["chat", "form"] = Field(
         default="chat", description="who writes outputs of non-classification tasks; form: as in the paper"
+    )
+    classification: Literal["either", "model"] = Field(
+        default="either",
+        description="which tasks are answered label first: those that the model calls classification, or (either) also "
+        "those whose words ask for a label; the paper: model",
     )
     seed_examples: int = Field(default=3, ge=1, description="seed tasks in a request; the paper's 6 suit large models")
     machine_examples: int = Field(default=1, ge=0, description="accepted tasks in a request; the paper has 2")

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+from functools import lru_cache
 
 from operators.synthesis import heuristics
+from operators.synthesis.prompts import Prompt
 from operators.synthesis.requests import Reject, Reply
 
 _ITEM = re.compile(r"^[ \t]*(?:\d{1,3}[.)、．:：]|Task \d+[.:]|任务 ?\d+[.:：])[ \t]*", re.MULTILINE)
@@ -21,7 +23,18 @@ _ALPACA = re.compile(
     r"\n\s*(?:\d+[.、]\s*)?(?:Output|输出)\s*[:：]\s*(?P<output>.*)\Z",
     re.DOTALL | re.IGNORECASE,
 )  # fmt: skip
+_FIELD_NAME = re.compile(
+    r"^\s*(?:Input|Output|Label|New prompt|Example \d+|输入|输出|标签|新的提示|例子 ?\d+)\s*[:：]?\s*", re.IGNORECASE
+)
 _BLOCK = re.compile(r"^[ \t]*#{2,}[ \t]*$|###", re.MULTILINE)
+
+
+@lru_cache(maxsize=256)
+def shown_examples(prompt: Prompt) -> tuple[str, ...]:
+    """The inputs, outputs and rewrites that a template shows as examples, without their labels."""
+    lines = [line for role, text in prompt.sections if role == "assistant" and "$" not in text for line in text.split("\n")]
+    found = [_FIELD_NAME.sub("", line).strip() for line in lines]
+    return tuple(line for line in found if heuristics.length_of(line, heuristics.language_of(line)) > 3)
 
 
 def parse_instructions(reply: Reply, drop_reply: bool = False) -> list[str | Reject] | Reject:

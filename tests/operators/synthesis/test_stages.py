@@ -170,3 +170,72 @@ def test_cancelling_stops_between_replies_and_keeps_them(bench: Bench) -> None:
             cancelled=cancelled,
         )
     assert (bench.run / ".replies" / "self_instruct.jsonl").read_bytes().count(b"\n") >= 6
+
+
+def _varied(request: Request) -> str | Reply:
+    """New tasks for every request, so that there is something to do in every round."""
+    if request.messages[-1][0] != "assistant" or last(request)[:2] != "1.":
+        return play(request)
+    zh = heuristics.language_of(last(request)) == "zh"
+    stock = "山水风云花鸟星月天地江河湖海草木" if zh else ["amber", "brisk", "cedar", "delta", "ember", "fjord", "grove", "haze"]
+    words = [[stock[(request.seed * (n + 3) >> (3 * k)) % len(stock)] for k in range(9)] for n in range(2)]
+    return "\n".join(
+        f"{n + 5}. 介绍{''.join(word)}" if zh else f"{n + 5}. Describe {' '.join(word)}" for n, word in enumerate(words)
+    )
+
+
+def test_committed_rounds_give_the_pool_back_without_a_reply(bench: Bench) -> None:
+    values = {"target": 26, "max_rounds": 6, "min_yield": 0}
+    made = self_instruct(bench, Recording(_varied), **values)
+    assert len(made.stats["rounds"]) >= 3
+    directory = Path(bench.directories["self_instruct"])
+    whole = {str(p.relative_to(directory)): p.read_bytes() for p in sorted(directory.rglob("*.parquet"))}
+    records = {p.name: p.read_bytes() for p in sorted((directory / "units").iterdir())}
+    (directory / "manifest.json").unlink()
+    final = f"{len(records) - 1:08d}"
+    for path in [*directory.rglob(f"{final}-*.parquet"), directory / "units" / f"{final}.json"]:
+        path.unlink()
+    (bench.run / ".replies" / "self_instruct.jsonl").unlink()
+    recording = Recording(_varied)
+    again = self_instruct(bench, recording, **values)
+    assert 0 < len(recording.asked) < made.stats["calls"]
+    assert again.stats == made.stats
+    assert {str(p.relative_to(directory)): p.read_bytes() for p in sorted(directory.rglob("*.parquet"))} == whole
+    assert {p.name: p.read_bytes() for p in sorted((directory / "units").iterdir())} == records
+
+
+def test_committed_units_of_evolution_are_not_made_again(bench: Bench) -> None:
+    self_instruct(bench, Recording(play))
+    values = {"input": "self_instruct", "rounds": 2}
+    made = bench.stage(EvolInstructStage, "evol_instruct", values, Recording(play))
+    directory = Path(bench.directories["evol_instruct"])
+    (directory / "manifest.json").unlink()
+    (bench.run / ".replies" / "evol_instruct.jsonl").unlink()
+    again = bench.stage(EvolInstructStage, "evol_instruct", values, None)
+    assert again.to_json() == made.to_json()
+
+
+def test_the_log_tells_the_yield_of_each_round_and_why_it_ended(bench: Bench) -> None:
+    lines: list[str] = []
+    values = {**TASKS_STAGE, "seeds": str(bench.seeds)}
+    bench.stage(SelfInstructStage, "self_instruct", values, Recording(play), log=lines.append)
+    assert "round 0: 4 requests, 6 new tasks, 6 rows (1.50 a request, 100% of the tasks); 6 of 6 rows" in lines[0]
+    assert lines[-1] == "self_instruct stopped: the target is reached"
+    lines.clear()
+    quiet = Recording(lambda request: "")
+    bench.stage(
+        SelfInstructStage, "self_instruct-quiet", {**values, "instruction_sampling": {"max_tokens": 60}}, quiet, log=lines.append
+    )
+    assert "self_instruct.tasks:malformed 100%" in lines[-1]
+    assert "min_yield" in lines[-1]
+
+
+def test_raw_replies_are_kept_from_the_list_of_tasks_to_the_answer(bench: Bench) -> None:
+    self_instruct(bench, Recording(play), keep_replies=True)
+    row = bench.rows("self_instruct")[0]
+    assert row["replies"][0].startswith("5. ")
+    assert row["replies"][-1] == row["messages"][1]["content"]
+    bench.stage(EvolInstructStage, "evol_instruct", {"input": "self_instruct", "keep_replies": True}, Recording(play))
+    evolved = [row for row in bench.rows("evol_instruct") if row["provenance"]["operation"].startswith("evol:")]
+    assert evolved
+    assert all(row["replies"][-1] == row["messages"][1]["content"] for row in evolved)
