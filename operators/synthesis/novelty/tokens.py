@@ -30,7 +30,8 @@ _LATIN = (  # letters that rouge_score treats as separators, and symbols that Un
     "\ufb00-\ufb06\uff00-\uff65\U0001d400-\U0001d7ff\U0001f100-\U0001f1ff"
 )
 _OTHER = rf"[^\W_a-z0-9{_LATIN}{_SINGLE}]+"
-_TOKEN = re.compile(rf"[a-z0-9]+|[{_SINGLE}]|{_OTHER}")
+PATTERN = rf"[a-z0-9]+|[{_SINGLE}]|{_OTHER}"  # of a token, in lowercased text
+_TOKEN = re.compile(PATTERN)
 
 _SEPARATOR, _ASCII, _ALONE, _LETTER = range(4)
 _CLASSES = 0x40000  # no code point above is a letter or a digit
