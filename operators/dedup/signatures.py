@@ -243,23 +243,12 @@ def shingle_sets(
 
 
 def repeated_share(texts: pa.Array | pa.ChunkedArray, words: int = 5, characters: int = 5) -> np.ndarray:
-    """float64[rows]: the share of each text's shingles that occurred before in it; 0 where it has none."""
+    """float64[rows]: the share of each text's shingles (digits kept) that occurred before in it; 0 where it has none."""
     data, offsets = compose(texts, code_table())
     rows = len(offsets) - 1
-    counts, units = np.zeros(rows, np.int64), units_of(None, rows, AUTO)
-    _collect(
-        data,
-        offsets,
-        code_table(),
-        ascii_bytes(code_table(), False),
-        units,
-        words,
-        characters,
-        False,
-        counts,
-        np.empty(0, np.uint64),
-    )
-    distinct = np.diff(shingle_sets(texts, words, characters)[1])
+    table, counts, units = code_table(), np.zeros(rows, np.int64), units_of(None, rows, AUTO)
+    _collect(data, offsets, table, ascii_bytes(table, True), units, words, characters, True, counts, np.empty(0, np.uint64))
+    distinct = np.diff(shingle_sets(texts, words, characters, keep_digits=True)[1])
     return 1 - np.where(counts > 0, distinct / np.maximum(counts, 1), 1.0)
 
 

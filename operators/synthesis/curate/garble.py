@@ -35,7 +35,7 @@ class GarbleSettings(Settings):
     max_replacement: int = Field(default=0, ge=0, description="most U+FFFD and private-use characters in the replies")
     max_control: int = Field(default=0, ge=0, description="most control characters (not tab, line feed, return)")
     max_mojibake: int = Field(default=0, ge=0, description="most places that look like UTF-8 read wrongly")
-    max_repetition: float = Field(default=0.5, ge=0, le=1, description="highest share of a reply's shingles that are repeats")
+    max_repetition: float = Field(default=0.6, ge=0, le=1, description="highest share of a reply's shingles that are repeats")
     min_size: int = Field(default=40, ge=1, description="characters from which repetition is judged")
     other_script: bool = Field(default=True, description="drop replies in another script than the question, unless it asks so")
     min_letters: int = Field(default=20, ge=1, description="letters (Han three times) from which a reply has a script")
@@ -73,7 +73,8 @@ class GarbledReply(ConversationFilter):
         chinese, western = han >= 0.5, latin >= 0.9
         own_han, own_latin = _shares(replies.text)
         letters = 3 * _count(replies.text, r"\p{Han}") + _count(replies.text, r"\p{Latin}")
-        wrong = (chinese[replies.row] & (own_latin >= 0.9)) | (western[replies.row] & (own_han >= 0.5))
+        prose = _count(replies.text, r"(?i)\b(?:the|is|are|of|and|to|in|it|you|this|that|for|with)\b") >= 3
+        wrong = (chinese[replies.row] & (own_latin >= 0.9) & prose) | (western[replies.row] & (own_han >= 0.5))
         return wrong & (letters >= self.config.min_letters) & ~spared[replies.row]
 
     def decide(self, table: pa.Table, scores: dict[str, pa.Array]) -> tuple[pa.Array, pa.Array]:

@@ -39,7 +39,7 @@ class IllegalKeywordsSettings(Settings):
     )
     where: Literal["replies", "all"] = Field(default="replies", description="the messages that are searched")
     max_bad_words: int | None = Field(
-        default=0, ge=0, description="most coarse words (LDNOOBW) in the same messages; null: not counted"
+        default=3, ge=0, description="most coarse words (LDNOOBW) there; the lists hold harmless ones too; null: not counted"
     )
 
 

@@ -49,8 +49,11 @@ _MARKER = Patterns(
     [
         r"<\|(?:im_start|im_end|endoftext|user|assistant|system|eot_id)\|>|\[/?INST\]|<</?SYS>>",
         r"(?:^|\n)\s*#{2,} ?(?:instruction|input|response|human|assistant|user|问题|指令|回答|输入)s? ?[:：]",
-        r"\n\s*(?:human|user|用户|人类) ?[:：][^\n]+\n+\s*(?:assistant|ai|bot|gpt|chatgpt|助手|机器人) ?[:：]",
     ]
+)
+_PLAYS_BOTH = Patterns([r"\n\s*(?:human|user|用户|人类) ?[:：][^\n]+\n+\s*(?:assistant|ai|bot|gpt|助手|机器人) ?[:：]"])
+_ASKS_DIALOGUE = Patterns(
+    [r"\b(?:dialog|dialogue|conversation|script|chat|chatbot|interview|role-?play)\b|对话|脚本|聊天|剧本|访谈|扮演|会话"]
 )
 _ASKS_JSON = Patterns([r"\bjson\b"])
 _FENCED_JSON = re.compile(r"```json[^\S\n]*\n(.*?)\n?[^\S\n]*```", re.IGNORECASE | re.DOTALL)
@@ -60,7 +63,7 @@ _LOOSE_LINE = (
     r"^\s*(?:[-*+•·▪◦#>|$=]|\(?[0-9a-zA-Z一二三四五六七八九十]{1,3}[.)、:：）]|\[\d+\]|第[一二三四五六七八九十\d]+|https?://"
     r"|\w+ ?[:：=]|[A-Z][\w ]{0,20}: )"
 )
-_SENTENCE_END = r"[.!?。！？](?:[\"'”’)\]）】]|\s|$)"
+_SENTENCE_END = r"[。！？]|[.!?](?:[\"'”’)\]）】]|\s|$)"
 
 
 class MalformedSettings(Settings):
@@ -93,13 +96,15 @@ class MalformedReply(ConversationFilter):
         ended = last.where(turns.last_role[last.row] == "assistant")
         trimmed = pc.utf8_trim_whitespace(replies.text)
         copied, repeated = _copies(table, turns, replies, self.config.long_question)
+        dialogue = asked.any(_ASKS_DIALOGUE.matches(asked.text))
+        marked = _MARKER.matches(replies.text) | (_PLAYS_BOTH.matches(replies.text) & ~dialogue[replies.row])
         scores = {
             "roles": _roles(turns),
             "empty_reply": replies.sum(pc.equal(pc.utf8_length(pc.replace_substring_regex(trimmed, r"[\p{P}\p{Z}\p{C}]+", "")), 0)),
             "placeholder": replies.sum(pc.match_substring_regex(trimmed, _PLACEHOLDER)),
             "reply_is_prompt": replies.sum(copied),
             "repeats_question": replies.sum(repeated),
-            "prompt_marker": replies.sum(_MARKER.matches(replies.text)),
+            "prompt_marker": replies.sum(marked),
             "code_fence": replies.sum(_open_fences(replies)),
             "json": _bad_json(turns, asked, replies),
             "trailing_colon": ended.sum(pc.match_substring_regex(ended.text, r"[:：]\s*$")),
@@ -147,8 +152,8 @@ def _copies(table: pa.Table, turns: Turns, replies: Said, long_question: int) ->
 
 
 def _open_fences(replies: Said) -> np.ndarray:
-    """bool[replies]: an odd number of lines that begin by a fence."""
-    fences = pc.count_substring_regex(replies.text, r"(?m)^[^\S\n]*```").to_numpy(zero_copy_only=False)
+    """bool[replies]: an odd number of fences."""
+    fences = pc.count_substring(replies.text, "```").to_numpy(zero_copy_only=False)
     return np.asarray(fences % 2 == 1)
 
 
@@ -188,7 +193,7 @@ def _unfinished(replies: Said) -> np.ndarray:
     text = pc.utf8_rtrim_whitespace(replies.text)
     last = pc.replace_substring_regex(text, r"(?s)^.*\n", "")
     loose = pc.match_substring_regex(last, _LOOSE_LINE).to_numpy(zero_copy_only=False)
-    ended = pc.match_substring_regex(last, _ENDED).to_numpy(zero_copy_only=False)
+    ended = pc.match_substring_regex(last, rf"{_ENDED}|(?:[#@]|://)\S+$").to_numpy(zero_copy_only=False)
     sentences = pc.count_substring_regex(text, _SENTENCE_END).to_numpy(zero_copy_only=False)
     fenced = pc.match_substring(text, "```").to_numpy(zero_copy_only=False)
     return np.where(loose | ended | fenced | (sentences < 2), 0, sizes(last))

@@ -18,10 +18,12 @@ _WORDS = dict(zip(_ONES.split(), range(20), strict=True)) | dict(zip(_TENS.split
 _SCALES = {"hundred": 100, "thousand": 1000, "million": 10**6, "billion": 10**9, "trillion": 10**12}
 
 _WORD = "|".join(sorted([*_WORDS, *_SCALES], key=len, reverse=True))
+_STEP = rf"(?:(?:hundred|thousand|million)\s+and\s+(?:{_WORD})|{_WORD})"
+_MOST = 1e15  # beyond, a float tells whole numbers no longer apart
 _NUMBER = re.compile(
     rf"(?P<digits>\d+(?:,\d{{3}})*(?:\.\d+)?|\.\d+)(?:\s?(?P<scale>万亿|万|亿|million|billion|trillion|thousand)\b|(?P<han_scale>万亿|万|亿))?"
     rf"|(?P<han>第?[{_HAN}]{{1,20}})"
-    rf"|(?<![A-Za-z])(?P<words>(?:{_WORD})(?:(?:[\s-]+|[\s-]+and[\s-]+)(?:{_WORD}))*)(?![A-Za-z])",
+    rf"|(?<![A-Za-z])(?P<words>{_STEP}(?:[\s-]+{_STEP})*)(?![A-Za-z])",
     re.IGNORECASE,
 )
 _LARGE_WORDS = {**_SCALES, **_LARGE, "万亿": 10**12}
@@ -33,7 +35,7 @@ def values(text: str) -> list[tuple[float, str]]:
     found: list[tuple[float, str]] = []
     for match in _NUMBER.finditer(unicodedata.normalize("NFKC", text)):
         value = _value(match)
-        if value is not None:
+        if value is not None and value < _MOST:
             found.append((value, match.group().strip()))
     return found
 
@@ -43,7 +45,10 @@ def _value(match: re.Match[str]) -> float | None:
         number = float(match["digits"].replace(",", ""))
         scale = (match["scale"] or match["han_scale"] or "").lower()
         return round(number * _LARGE_WORDS.get(scale, 1), 6)
-    return _han_value(match["han"].lstrip("第")) if match["han"] else _word_value(match["words"].lower())
+    if not match["han"]:
+        return _word_value(match["words"].lower())
+    written = match["han"].lstrip("第")
+    return _han_value(written) if any(c in _DIGITS for c in written) or written in _UNITS else None  # 成千上万 is no number
 
 
 def _han_value(text: str) -> float | None:

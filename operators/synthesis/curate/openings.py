@@ -11,6 +11,7 @@ Chinese: the first verb behind 请 / 帮我 / 你能; the object is the last nou
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from pathlib import Path
@@ -41,10 +42,11 @@ _WORD = re.compile(r"[A-Za-z][A-Za-z'-]*|[^\sA-Za-z]")
 _FILE = Path(__file__).with_name("openings.json")
 _WORDS = {name: frozenset(words.split()) for name, words in json.loads(_FILE.read_text("utf-8")).items()}
 _SKIPPED, _STOPS = _WORDS["skipped"], _WORDS["stops"]  # before a noun: articles, numbers; what ends a noun phrase
-_NOUN_ING, _QUESTION = _WORDS["nouns_in_ing"], _WORDS["questions"]
+_NOUN_ING, _QUESTION, _LEADING = _WORDS["nouns_in_ing"], _WORDS["questions"], _WORDS["leading"]
+_ZH_VERBS, _ZH_LEADING, _ZH_ENDS = _WORDS["zh_verbs"], _WORDS["zh_leading"], _WORDS["zh_ends"]
 _ZH_POLITE = re.compile(
     "^(?:(?:请问|请你|请您|请|麻烦(?:你|您)?|你好|您好|帮忙|帮我|帮|你能否|你能不能|你能|你可以|"
-    "您能|您可以|能否|能不能|可以|我想要|我想|我要|我需要|我希望你|希望你|给我|为我|让我们|现在|一下|为|给)[，,！!。 ]*)+"
+    "您能|您可以|能否|能不能|可以|我想要|我想|我要|我需要|我希望你|希望你|给我|为我|让我们|现在|一下)[，,！!。 ]*)+"
 )
 _ZH_QUESTION = ("什么", "为什么", "如何", "怎么", "怎样", "哪", "谁", "多少", "几", "是否", "吗")
 _ZH_CLAUSE = re.compile('[，,。.；;：:？?！!\n（(《“"「、]')
@@ -129,6 +131,9 @@ def _english(text: str) -> str | None:
     words = _WORD.findall(_POLITE.sub("", text.strip().strip("\"'“”*#- ").replace("’", "'")).lower())
     while words and not words[0][0].isalpha():
         words = words[1:]
+    if words and words[0] in _LEADING and "," in words[:20]:  # "For the given sentence, identify ..."
+        behind = words[words.index(",") + 1 :]
+        words = behind if behind and behind[0][0].isalpha() else words
     if not words:
         return None
     verb, rest = words[0].split("'")[0], words[1:]
@@ -160,24 +165,44 @@ def _singular(word: str) -> str:
 def _chinese(text: str) -> str | None:
     text = _ZH_POLITE.sub("", text.strip().strip("“”\"'*#- "))
     tagged = [(word, tag) for word, tag in rjieba.tag(text[: _WINDOW // 2])]
-    verb, at = None, 0
-    for place, (word, tag) in enumerate(tagged):
-        if word in _ZH_QUESTION:
-            return word
-        if tag.startswith("v") and word not in ("可", "能", "要", "有", "是", "会", "想"):
-            verb, at = word, place
-            break
-        if place >= 8 or _ZH_CLAUSE.match(word):
-            break
-    if verb is None:
-        first = next((word for word, tag in tagged if _HAN.match(word)), None)
-        return first
-    noun = None
+    at = _chinese_verb(tagged)
+    if at is None:
+        return next((word for word, _ in tagged if _HAN.match(word)), None)
+    if tagged[at][0] in _ZH_QUESTION:
+        clause = itertools.takewhile(lambda item: not _ZH_CLAUSE.match(item[0]), tagged)
+        asked = [word for word, tag in clause if (tag[:1] in ("n", "l", "j", "i") or tag == "vn") and _HAN.match(word)]
+        return f"{tagged[at][0]} {asked[-1]}" if asked else tagged[at][0]
+    segment: list[tuple[str, str]] = []
     for word, tag in tagged[at + 1 :]:
-        if _ZH_CLAUSE.match(word):
-            if noun is not None:
+        ends = bool(_ZH_CLAUSE.match(word)) or word in _ZH_ENDS or (word in _ZH_VERBS and tag == "v" and len(segment) > 1)
+        if ends and (segment or word not in _ZH_ENDS):
+            if segment:
                 break
             continue
-        if tag.startswith("n") or tag in ("l", "vn", "an", "j", "i"):
-            noun = word
-    return f"{verb} {noun}" if noun else verb
+        if _HAN.match(word):
+            segment.append((word, tag))
+    nouns = [word for word, tag in segment if tag[:1] in ("n", "l", "j", "i", "a") or tag == "vn"]
+    last = next((word for word, tag in reversed(segment) if len(word) > 1 and tag[:1] not in "rpcdufymqv"), None)
+    if segment and len(segment[-1][0]) > 1 and segment[-1][1][:1] not in "rpcdufym":
+        last = segment[-1][0]  # a head that the dictionary takes for a verb (摘要) still ends its phrase
+    noun = last or (nouns[-1] if nouns else None)
+    return f"{tagged[at][0]} {noun}" if noun else tagged[at][0]
+
+
+def _chinese_verb(tagged: list[tuple[str, str]]) -> int | None:
+    """The place of the opening verb or question word: behind a leading phrase (将 ..., 根据 ...，) the first usual one."""
+    first = next((place for place, (word, _) in enumerate(tagged) if _HAN.match(word)), None)
+    if first is None:
+        return None
+    leads = tagged[first][0] in _ZH_LEADING
+    verbs: list[int] = []
+    for place, (word, tag) in enumerate(tagged[first:], first):
+        if word in _ZH_QUESTION and not verbs:
+            return place
+        if word in _ZH_VERBS and word not in _ZH_LEADING:
+            return place
+        if tag.startswith("v") and word not in ("可", "能", "要", "有", "是", "会", "想") and word not in _ZH_LEADING:
+            verbs.append(place)
+        if word in "。！？?!\n" or (verbs and not leads):
+            break
+    return verbs[0] if verbs else None

@@ -51,7 +51,8 @@ def run_curate(
     schema = input_schema(parts)
     target = storage.join(context.directory, _ROWS) if whole else context.directory
     seconds = {"rows": _run_local(context, target, parts, schema, local, whole, limits, batch_rows, num_gpus)}
-    funnel = {f"{place:02d}:{registry.load(registry.split(entry)[0]).name}": _EMPTY for place, entry in enumerate(entries)}
+    names = [f"{place:02d}:{registry.load(registry.split(entry)[0]).name}" for place, entry in enumerate(entries)]
+    funnel = {name: {"in": 0, "kept": 0, "rejected": {}} for name in names}
     if not whole:
         context.finish(stats={"funnel": funnel}, timings={"seconds": time.monotonic() - started, "phases": seconds})
         return
@@ -79,9 +80,6 @@ def run_curate(
     context.finish(stats={"funnel": funnel, "sets": told}, timings={"seconds": time.monotonic() - started, "phases": seconds})
     storage.delete(storage.join(context.directory, "work"))
     storage.delete(exchange.keys_directory(context.directory))
-
-
-_EMPTY: dict[str, Any] = {"in": 0, "kept": 0, "rejected": {}}
 
 
 def _run_local(

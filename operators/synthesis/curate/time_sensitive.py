@@ -19,11 +19,13 @@ from operators.synthesis.curate.conversation_filter import ConversationFilter, f
 from operators.synthesis.curate.turns import ASKING, Said, Turns, instructions
 from operators.text.analysis import Analysis
 
+_QUOTED = r"“[^”\n]*”|\"[^\"\n]*\"|「[^」\n]*」|《[^》\n]*》|(?:^|[\s(])'[^'\n]{4,}'"  # what is quoted is not asked
+
 
 class TimeSensitiveSettings(Settings):
     """What is looked at."""
 
-    window: int = Field(default=400, ge=1, description="characters of a question's beginning that are judged")
+    window: int = Field(default=240, ge=1, description="characters of a question's beginning that are judged")
     spare_tools: bool = Field(default=True, description="let conversations with tools pass")
     extra: list[str] = Field(default=[], description="more patterns, as RE2 expressions")
 
@@ -52,12 +54,13 @@ class TimeSensitive(ConversationFilter):
         both = Said(
             pa.concat_arrays([heads, asked.text.filter(pa.array(~first))]), np.r_[asked.row[first], asked.row[~first]], asked.rows
         )
-        begin = pc.utf8_slice_codeunits(both.text, 0, self.config.window)
-        said = both.where(self._patterns.matches(begin) & ~self._spared.matches(begin))
+        begin = pc.replace_substring_regex(pc.utf8_slice_codeunits(both.text, 0, self.config.window), _QUOTED, '""')
+        flags = self._patterns.matches(begin) & ~self._spared.matches(begin)
+        said = Said(begin, both.row, both.rows).where(flags)
         tools = np.zeros(table.num_rows, bool)
         if "tools" in table.column_names:
             tools = np.asarray(pc.is_valid(table["tools"]).to_numpy(), bool)
-        found = self._patterns.found(pc.utf8_slice_codeunits(said.text, 0, self.config.window))
+        found = self._patterns.found(said.text)
         return {
             "questions": pa.array(said.sum(np.ones(len(said)))),
             "tools": pa.array(tools),

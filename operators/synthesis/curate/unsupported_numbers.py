@@ -1,7 +1,7 @@
 """Unsupported numbers: figures in a reply that stand neither in what it was given nor follow from it simply.
 
-Only conversations that give a text to rest on are judged: a question with an input or of some length, a message of the
-system or a tool, or the document spans of generated rows. A number is supported if it stands there (however it is
+Only conversations that give a text to rest on are judged: a question with an input or a passage, a message of the system
+or a tool, or the document spans of generated rows. A number is supported if it stands there (however it is
 written: see `numerals`), is small, numbers a list, counts its items, is a year's decade, the sum, difference, product,
 quotient or percentage of two given ones, or the total of all. Questions that ask for calculation pass.
 """
@@ -64,7 +64,9 @@ class UnsupportedNumbers(ConversationFilter):
         extra = _spans(table, self.config.columns)
         first = asked.first()
         holds_text = (input_starts(table) >= 0) | first.any(_holds_text(first))
-        size = turns.context_size() + first.sum(sizes(first.text)) * holds_text + sizes(extra)
+        alone = asked.sum(np.ones(len(asked))) <= 2  # what a longer talk comes to has left its first text behind
+        told = turns.of("system", "tool")
+        size = told.sum(sizes(told.text)) + first.sum(sizes(first.text)) * (holds_text & alone) + sizes(extra)
         unsupported = np.zeros(table.num_rows, np.int64)
         found: list[str | None] = [None] * table.num_rows
         speaks = pc.fill_null(pc.match_substring_regex(replies, _ANY_NUMBER), False).to_numpy(zero_copy_only=False)

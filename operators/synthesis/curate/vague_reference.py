@@ -20,10 +20,14 @@ from operators.synthesis.curate.conversation_filter import ConversationFilter, f
 from operators.synthesis.curate.turns import ASKING, REPLIES, Turns, input_starts, sizes
 from operators.text.analysis import Analysis
 
+_REPLY_WINDOW = 200  # characters of a reply in which it says what it rests on
+
 # What a question brings along: behind a colon, a line feed, in quotes or in a fence. Han characters say more than letters.
 _BROUGHT = patterns.Patterns(
     [
         r"```",
+        r"[\[({（【][^\])}）】\n]*\d[^\])}）】\n]{2,}",
+        r"[\"“”「『《‘']\s*\p{Han}[^\"“”」』》’'\n]+[\"“”」』》’']",
         r"<image>|!\[|https?://",
         r"[\"“”„«»「『《‘][^\"“”„«»」』》’]{6,}[\"“”„«»」』》’]",
         r"(?:^|[\s(])'[^'\n]{10,}'",
@@ -57,6 +61,7 @@ class VagueReference(ConversationFilter):
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
         self._question = patterns.load("vague_reference", "question", extra=self.config.extra)
+        self._spared = patterns.load("vague_reference", "spared")
         self._reply = patterns.load("vague_reference", "reply")
 
     def files(self) -> list[str]:
@@ -68,11 +73,12 @@ class VagueReference(ConversationFilter):
         turns = Turns(table)
         asked = turns.of(*ASKING).first()
         replies = turns.of(*REPLIES)
+        opened = pc.utf8_slice_codeunits(replies.text, 0, _REPLY_WINDOW)
         brought = asked.any(_BROUGHT.matches(asked.text)) | (input_starts(table) >= 0)
-        found = pc.coalesce(told(asked, self._question.found(asked.text)), told(replies, self._reply.found(replies.text)))
+        found = pc.coalesce(told(asked, self._question.found(asked.text)), told(replies, self._reply.found(opened)))
         return {
-            "question_refers": pa.array(asked.any(self._question.matches(asked.text))),
-            "reply_refers": pa.array(replies.any(self._reply.matches(replies.text))),
+            "question_refers": pa.array(asked.any(self._question.matches(asked.text) & ~self._spared.matches(asked.text))),
+            "reply_refers": pa.array(replies.any(self._reply.matches(opened))),
             "brought": pa.array(brought),
             "question_size": pa.array(asked.sum(sizes(asked.text))),
             "context_size": pa.array(turns.context_size()),
