@@ -109,6 +109,28 @@ def _parser() -> argparse.ArgumentParser:
     decide.add_argument("--json", action="store_true", help="print one JSON object instead of lines")
     decide.set_defaults(run=_decide)
 
+    review = commands.add_parser("review", help="have people judge a sample of a stage's rows", description=_review.__doc__)
+    acts = review.add_subparsers(title="actions", required=True, metavar="ACTION", dest="action")
+    export = acts.add_parser("export", help="write a sample as a page (review.html) and as JSON Lines (review.jsonl)")
+    _stage_arguments(export)
+    export.add_argument("--rows", type=_positive, default=100, metavar="N", help="rows of the sample (default: 100)")
+    export.add_argument("--seed", type=_count, default=0, metavar="N", help="another sample (default: 0)")
+    export.add_argument(
+        "--by", nargs="*", choices=["source", "method", "lang"], default=["source", "method"],
+        help="what the strata are made of (default: source method)",
+    )  # fmt: skip
+    export.add_argument("--out", required=True, metavar="DIR", help="folder or URI to write to")
+    take = acts.add_parser("import", help="check verdicts and keep them in the run")
+    _stage_arguments(take)
+    take.add_argument("files", nargs="+", metavar="FILE", help="verdicts as the page downloads them, or a review.jsonl filled in")
+    take.add_argument("--reviewer", metavar="NAME", help="who wrote the lines that name no reviewer")
+    take.add_argument("--replace", action="store_true", help="verdicts may replace earlier ones of the same reviewer")
+    tell = acts.add_parser("report", help="acceptance with its interval by source and method, and how far reviewers agree")
+    tell.add_argument("directory", metavar="RUN", help="a run's directory, e.g. runs/quickstart")
+    tell.add_argument("stage", nargs="?", metavar="STAGE", help="a stage (default: all with a sample)")
+    tell.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
+    review.set_defaults(run=_review)
+
     submit = commands.add_parser("submit", help="run a recipe as a Ray job on a cluster", description=_submit.__doc__)
     _run_options(submit)
     submit.add_argument("--address", required=True, metavar="URL", help="the cluster's job server, e.g. http://127.0.0.1:8265")
@@ -116,6 +138,11 @@ def _parser() -> argparse.ArgumentParser:
     submit.add_argument("--no-wait", action="store_true", help="return once submitted instead of following the logs")
     submit.set_defaults(run=_submit)
     return parser
+
+
+def _stage_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("directory", metavar="RUN", help="a run's directory, e.g. runs/quickstart")
+    parser.add_argument("stage", metavar="STAGE", help="a finished stage with conversations, preference pairs or documents")
 
 
 def _run_options(parser: argparse.ArgumentParser) -> None:
@@ -295,6 +322,25 @@ def _decide(parsed: argparse.Namespace) -> int:
     if not decisions:
         raise SettingsError(f"no stage of {parsed.directory} kept measures")
     return 1 if any(decision.outcome.disagreeing for decision in decisions) else 0
+
+
+def _review(parsed: argparse.Namespace) -> int:
+    """Review by people: export a stratified sample as a page that works offline, import the verdicts, report what they say."""
+    from pipelines.review import command
+
+    run = storage.absolute(parsed.directory, os.getcwd())
+    if parsed.action == "export":
+        lines = command.export(run, parsed.stage, parsed.rows, parsed.seed, parsed.by, storage.absolute(parsed.out, os.getcwd()))
+    elif parsed.action == "import":
+        files = [storage.absolute(path, os.getcwd()) for path in parsed.files]
+        lines = command.import_verdicts(run, parsed.stage, files, parsed.reviewer, parsed.replace)
+    else:
+        for piece in command.report(run, parsed.stage, parsed.json):
+            _OUT.print(piece, markup=False)
+        return 0
+    for line in lines:
+        _OUT.print(line, markup=False)
+    return 0
 
 
 def _submit(parsed: argparse.Namespace) -> int:

@@ -151,6 +151,7 @@ MESSAGES: dict[str, tuple[str, str]] = {
     "kind.pretrain": ("pretrain", "预训练"),
     "kind.sft": ("SFT", "监督微调"),
     "kind.dpo": ("DPO", "偏好优化"),
+    "kind.reviewed": ("reviewed", "人工评审"),
     "kind.evaluate": ("evaluate", "评测"),
     # lineage
     "lineage.rows": ("{n} row|{n} rows", "{n} 行"),

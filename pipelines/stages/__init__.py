@@ -29,6 +29,7 @@ STAGES: dict[str, str] = {
     "pretrain": "pipelines.stages.training:PretrainStage",
     "sft": "pipelines.stages.training:SftStage",
     "dpo": "pipelines.stages.training:DpoStage",
+    "reviewed": "pipelines.stages.reviewed:ReviewedStage",
     "evaluate": "pipelines.stages.training:EvaluateStage",
 }
 
