@@ -56,6 +56,9 @@ _STATEMENT = re.compile(
     r"(?:the|this|that|these|those|it|it's|i|i'm|i've|i'd|my|we|our|he|she|his|her|they|their|there|yes|no|sure|here)\b[^.!?]*[.!]?\s*$",
     re.IGNORECASE,
 )
+_PLACEHOLDER = re.compile(
+    r"\[[A-Za-z][a-z]+(?: [A-Za-z][a-z]*){0,4}\]|\bX{3,}\b|[\[［【](?:请?插入|填写|某)?[\u4e00-\u9fff]{1,8}[\]］】]|某某"
+)
 _LABELS = re.compile(
     r"\b(?:classify|categorize|categorise|true or false|yes or no|positive or negative|spam or|which category|sentiment)\b"
     r"|^(?:decide|determine|tell|say|check|identify|judge) (?:me )?(?:if|whether)\b"
@@ -144,6 +147,8 @@ def check_instruction(text: str, lang: str, rules: InstructionRules) -> Reject |
         return Reject("wrong_language", share)
     if _MARKERS.search(text):
         return Reject("prompt_marker")
+    if _PLACEHOLDER.search(text):
+        return Reject("placeholder")
     if lang == "en" and not rules.statements and _STATEMENT.match(text):
         return Reject("statement")
     return None

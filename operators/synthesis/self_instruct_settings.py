@@ -26,7 +26,6 @@ PRESETS: dict[str, dict[str, Any]] = {
         "classification": "model",
         "inputs": "always",
         "instances_per_task": 5,
-        "attempts": 1,
         "truncated": "reply",
         "rules": {"keywords": {"en": _PAPER_WORDS, "zh": _CHINESE_WORDS}, "statements": True},
         "instruction_sampling": {"temperature": 0.7, "top_p": 0.5, "presence_penalty": 2.0, "max_tokens": 1024, "stop": ["\n\n"]},
@@ -38,7 +37,6 @@ PRESETS: dict[str, dict[str, Any]] = {
         "machine_examples": 0,
         "tasks_per_call": 20,
         "example_length": {},
-        "attempts": 1,
         "rules": {
             "keywords": {
                 "en": [*_PAPER_WORDS, "video", "audio", "music", "flowchart", "diagram"],
@@ -95,7 +93,12 @@ class SelfInstructSettings(Settings):
         le=5,
         description="examples asked for, of classification tasks and with outputs: form of all; the paper: 5",
     )
-    attempts: int = Field(default=2, ge=1, le=8, description="draws of a reply that is cut, empty or malformed, at most")
+    attempts: int = Field(
+        default=1,
+        ge=1,
+        le=8,
+        description="draws of a reply that is cut, empty or malformed, at most; a new task is mostly cheaper than a second draw",
+    )
     truncated: Literal["item", "reply"] = Field(
         default="item",
         description="what goes when a list is cut: its last item, or (as in the paper) the whole reply",

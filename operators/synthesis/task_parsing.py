@@ -9,7 +9,7 @@ from operators.synthesis import heuristics
 from operators.synthesis.prompts import Prompt
 from operators.synthesis.requests import Reject, Reply
 
-_ITEM = re.compile(r"^[ \t]*(?:\d{1,3}[.)、．:：]|Task \d+[.:]|任务 ?\d+[.:：])[ \t]*", re.MULTILINE)
+_ITEM = re.compile(r"^[ \t]*(?:(?:\d{1,3}[.)、．:：](?!\d)|Task \d+[.:]|任务 ?\d+[.:：])[ \t]*)+", re.MULTILINE)
 _YES, _NO = re.compile(r"\s*(?:yes|是的?(?!否)|对)", re.IGNORECASE), re.compile(r"\s*(?:no|否|不是|不)", re.IGNORECASE)
 _LABEL = re.compile(r"^\s*(?P<label>.*?)\s*\n\s*(?:Input|输入)\s*[:：]\s*(?P<input>.*)\Z", re.DOTALL | re.IGNORECASE)
 _NEXT_LABEL = re.compile(r"^\s*(?:\d+[.)、]\s*)?(?:Class )?(?:Label|标签)\s*[:：]", re.MULTILINE | re.IGNORECASE)

@@ -206,6 +206,13 @@ def test_a_rewrite_that_adds_far_too_much_is_set_aside_on_request() -> None:
         (said("的了吗？"), "zh", "no_content"),
         (said("Yeast eats sugar and makes carbon dioxide, which is a gas."), "en", "lost_topic"),
         (said("Explain how bread rises in", "length"), "en", "truncated"),
+        (said("  "), "en", "empty"),
+        (
+            said("Explain why we need sleep, what happens in the brain during its stages, and how a lack of it changes mood."),
+            "en",
+            "copied_example",
+        ),
+        (said("解释人为什么需要睡眠，睡眠各阶段大脑里发生了什么，以及缺觉会怎样影响记忆和情绪。"), "zh", "copied_example"),
         (said("I'm glad to explain how bread rises in the oven for you today."), "en", "no_instruction"),
     ],
 )
