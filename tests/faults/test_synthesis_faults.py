@@ -60,7 +60,7 @@ def model(call: Call, number: int) -> Answer:
 def processes() -> multiprocessing.context.ForkServerContext:
     """Processes that have the imports behind them."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.faults.synthesis_run"])
+    context.set_forkserver_preload(["tests.faults.synthesis_run", "pandas"])  # pyarrow imports pandas when it first makes rows
     return context
 
 

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 import socket
+import subprocess
+import sys
 import threading
 import time
 import tracemalloc
@@ -16,14 +19,16 @@ from typing import Any
 
 import pytest
 
+from operators import shards
 from operators.config import SettingsError, parse
 from operators.synthesis import chat_api
 from operators.synthesis.cache import ReplyCache
 from operators.synthesis.endpoint import EndpointEngine, EndpointSettings
 from operators.synthesis.generator import Generator
-from operators.synthesis.packaged import ModelError
+from operators.synthesis.packaged import ModelError, resolve_model
 from operators.synthesis.requests import PROMPT_TOO_LONG, REFUSED, EngineError, Reply, Request, SamplingSettings
 from pipelines.stages.preferences import PreferencesStage
+from tests.conftest import ROOT
 from tests.operators.synthesis.server import Answer, Call, Server, error, said
 
 Behaviour = Callable[[Call, int], Answer]
@@ -418,3 +423,113 @@ def test_two_sessions_share_a_server_and_a_closed_one_takes_its_requests_back(se
     c.submit([(1, question(1))])
     assert c.collect(5) == [(1, Reply("答 1", "stop", 10, 1))]
     used.stop()
+
+
+@pytest.fixture(scope="module")
+def vllm_server(model_cache: Path) -> Iterator[str]:
+    """A real vLLM server on loopback, with the packaged model."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    model = resolve_model("packaged:smollm2-135m-instruct", str(model_cache))
+    quiet = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "WARNING", "VLLM_CPU_KVCACHE_SPACE": "1"}
+    command = [
+        sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model, "--served-model-name", "smollm2",
+        "--host", "127.0.0.1", "--port", str(port), "--max-model-len", "512", "--max-num-seqs", "16", "--dtype", "bfloat16",
+        "--enforce-eager", "--no-enable-chunked-prefill", "--max-num-batched-tokens", "2048", "--block-size", "32",
+        "--enable-prompt-tokens-details",
+    ]  # fmt: skip
+    process = subprocess.Popen(
+        command, env={**os.environ, **quiet, "OMP_WAIT_POLICY": "PASSIVE"}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    try:
+        yield f"http://127.0.0.1:{port}/v1"
+    finally:
+        process.terminate()
+        process.wait(30)
+
+
+@pytest.mark.slow
+def test_a_real_vllm_server_that_is_still_loading_is_waited_for_and_answers_every_kind_of_request(
+    vllm_server: str, tmp_path: Path
+) -> None:
+    used = EndpointEngine("smollm2", EndpointSettings(url=vllm_server, concurrency=8, give_up_s=500.0))
+    city = {"city": {"type": "string", "maxLength": 12}}
+    schema = json.dumps({"type": "object", "properties": city, "required": ["city"], "additionalProperties": False})
+    short = SamplingSettings(max_tokens=40)
+    same = [Request((("user", "Tell me a story. " + "It is about a river. " * 12),), short, seed, seed) for seed in range(4)]
+    requests = [
+        Request((("user", "What is the capital of France?"),), SamplingSettings(temperature=0, max_tokens=12), 0),
+        Request((("user", "word " * 1000),), short, 0),
+        Request((("user", "Count."), ("assistant", "1, 2, 3, 4,")), SamplingSettings(temperature=0, max_tokens=4), 0),
+        Request((("user", "Name a city as JSON."),), short, 1, json_schema=schema),
+        Request((("user", "说你好"),), SamplingSettings(max_tokens=8, top_k=5, repetition_penalty=1.1, stop=["。"]), 2),
+        *same,
+    ]
+    replies = asked(used, tmp_path, requests)
+    assert all(reply is not None for reply in replies)
+    paris, long, counted, town, _, *stories = [reply for reply in replies if reply is not None]
+    assert "Paris" in paris.text
+    assert (paris.finish_reason, long.finish_reason) == ("stop", PROMPT_TOO_LONG)
+    assert long.prompt_tokens > 512
+    assert counted.text.strip().startswith("5")
+    assert set(json.loads(town.text)) == {"city"}
+    assert len({story.text for story in stories}) == 4, "samples of one prompt differ by their seeds"
+    again = Generator(lambda: pytest.fail("everything is cached"), used.revision, ReplyCache(str(tmp_path), "test"))
+    assert again.ask(requests) == replies
+    session = used.open()
+    session.submit([(0, same[0])])
+    (repeated,) = session.collect(60)
+    assert repeated[1].cached_tokens > 32, "the prefix is in the server's cache"
+    used.stop()
+    with pytest.raises(EngineError, match="the server lists: smollm2"):
+        asked(EndpointEngine("gpt-9", EndpointSettings(url=vllm_server)), tmp_path / "other", requests)
+
+
+RECIPE = """
+name: served
+seed: 3
+stages:
+  rows: {kind: conversations, path: seeds.jsonl, format: seed_tasks}
+  topics:
+    kind: generate
+    input: rows
+    generator: {model: smollm2, endpoint: {url: URL, concurrency: 8}}
+    prompt: {user: "Give a title and a number of stars for this: $messages", reply: "{"}
+    samples: 2
+    sampling: {max_tokens: 24}
+  fields:
+    kind: generate
+    input: rows
+    generator: {model: smollm2, endpoint: {url: URL, concurrency: 8}}
+    prompt: {user: "Give a title and a number of stars for this: $messages"}
+    samples: 2
+    json_schema:
+      type: object
+      properties: {title: {type: string, maxLength: 20}, stars: {type: integer, minimum: 1, maximum: 5}}
+      required: [title, stars]
+      additionalProperties: false
+    sampling: {max_tokens: 60}
+"""
+
+
+@pytest.mark.slow
+def test_a_recipe_runs_against_a_real_vllm_server(vllm_server: str, tmp_path: Path) -> None:
+    seeds = [
+        {"id": f"s{n}", "name": "", "instruction": text, "instances": [{"input": "", "output": "fine"}], "is_classification": False}
+        for n, text in enumerate(["Name a river.", "说出一条河。", "Tell a joke. " * 400])
+    ]
+    (tmp_path / "seeds.jsonl").write_text("".join(json.dumps(seed) + "\n" for seed in seeds), encoding="utf-8")
+    (tmp_path / "recipe.yaml").write_text(RECIPE.replace("URL", vllm_server), encoding="utf-8")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    ran = subprocess.run(
+        [sys.executable, "-m", "pipelines", "run", "recipe.yaml"],
+        cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=400, check=False,
+    )  # fmt: skip
+    assert ran.returncode == 0, ran.stderr
+    (made,) = (tmp_path / "runs" / "served" / "fields").iterdir()
+    manifest = shards.load_manifest(str(made))
+    assert manifest.ledger.rejected["generate:prompt_too_long"] == 2
+    rows = [row for part in shards.parts([str(made)]) for _, batch in shards.read(part) for row in batch.to_pylist()]
+    assert len(rows) + manifest.ledger.rejected.total() == 6
+    assert rows
+    assert all(row["title"] is not None and 1 <= row["stars"] <= 5 for row in rows)
