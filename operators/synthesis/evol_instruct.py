@@ -32,7 +32,7 @@ from operators.synthesis.heuristics import InstructionRules
 from operators.synthesis.novelty import NoveltyPool, recall, rouge_l
 from operators.synthesis.requests import Reject, Reply, Request, SamplingSettings, request_seed
 from operators.synthesis.rows import Account, Provenance, instruction_row
-from operators.synthesis.self_instruct import again
+from operators.synthesis.self_instruct import SIMILARITY_FLOOR, again
 from operators.synthesis.task_parsing import shown_examples
 from operators.synthesis.texts import Texts
 
@@ -93,6 +93,9 @@ class EvolSettings(Settings):
     )
     answer_sampling: SamplingSettings = Field(
         default=SamplingSettings(temperature=0.3, top_p=0.9, repetition_penalty=1.1, max_tokens=128), description="drawing answers"
+    )
+    ban_stock_phrases: bool = Field(
+        default=False, description="forbid phrases such as `As an AI language model` in the prompt that asks for answers"
     )
     prompts: str | None = Field(default=None, description="folder with <language>/<name>.txt that replace the project's prompts")
 
@@ -236,7 +239,7 @@ class EvolInstruct:
         self._operations = [name for name in OPERATIONS if settings.operations.get(name, 0) > 0]
         if not self._operations:
             raise ValueError("evol_instruct: every operation has weight 0")
-        self._seen = NoveltyPool()
+        self._seen = NoveltyPool(settings.max_similarity, min(SIMILARITY_FLOOR, settings.max_similarity))
         self._seen_ids = Texts()
         self._evolving = 0  # items that were or are evolved
         self._units: dict[int, list[_Item]] = {}  # under way, by number
@@ -365,13 +368,14 @@ class EvolInstruct:
             turn.failure = found
             turn.asked = found is not None
             return
-        similarity, nearest = self._seen.nearest(found)
-        turn.similarity = similarity
-        if similarity >= self.settings.max_similarity:
-            turn.failure = Failure(found, Reject("not_novel", similarity, self._seen_ids[nearest]), turn.operation)
+        decided = self._seen.admit([found])
+        turn.similarity = similarity = float(decided.similarity[0])
+        if not decided.accepted[0]:
+            nearest = self._seen_ids[int(decided.nearest[0])]
+            turn.failure = Failure(found, Reject("not_novel", similarity, nearest), turn.operation)
             return
         turn.text = found
-        self._see(turn.id, found)
+        self._seen_ids.append(turn.id)
         turn.answer = Watched(self._draw_answer(turn))
         bound = self.settings.attempts * self.settings.answer_sampling.max_tokens + (
             _JUDGE.max_tokens if self.settings.judge else 0
@@ -426,7 +430,10 @@ class EvolInstruct:
         self, identity: str, lang: str, step: str, sampling: SamplingSettings, values: dict[str, str], turn: int = 0
     ) -> Request:
         seed = request_seed(self.seed, step, identity, *again(turn)) if sampling.temperature or turn else 0
-        return Request(prompts.load(step, lang, self.settings.prompts).render(**values), sampling, seed)
+        messages = prompts.load(step, lang, self.settings.prompts).render(**values)
+        if step == "answer" and self.settings.ban_stock_phrases:
+            messages = prompts.with_system_line(messages, prompts.load("ban", lang, self.settings.prompts).sections[0][1])
+        return Request(messages, sampling, seed)
 
     # --- what came of it
 
@@ -475,5 +482,6 @@ class EvolInstruct:
         account.keep(row, f"evol:{turn.operation}", example)
 
     def _used(self, operation: str, lang: str) -> list[prompts.Prompt]:
-        names = [f"evol_{operation}", *(["judge_gain"] if self.settings.judge else []), "answer"]
+        judge, ban = ["judge_gain"] * self.settings.judge, ["ban"] * self.settings.ban_stock_phrases
+        names = [f"evol_{operation}", *judge, "answer", *ban]
         return [prompts.load(name, lang, self.settings.prompts) for name in names]

@@ -44,6 +44,9 @@ from operators.synthesis.texts import Texts
 
 T = TypeVar("T")
 
+SIMILARITY_FLOOR = 0.3
+"""Similarities below are counted as 0 in the histogram of novelty: the pool finds nearer texts without reading all of it."""
+
 _CLASSIFY = SamplingSettings(temperature=0, max_tokens=3)
 
 Pair = tuple[str, str]  # (input, output)
@@ -122,7 +125,7 @@ class SelfInstruct:
         self._figures: dict[int, tuple[int, int, int]] = {}  # of the last rounds: asked, new tasks, rows
         self._settled = 0  # rounds that are over
         self._open: deque[_Open] = deque()
-        self.pool = NoveltyPool()
+        self.pool = NoveltyPool(settings.max_similarity, min(SIMILARITY_FLOOR, settings.max_similarity))
         self._pooled = Texts()  # ids, by number in the pool
         self._machine = {lang: Texts() for lang in self.shares}  # accepted tasks short enough for an example, as JSON
         self._human: dict[str, list[Task]] = {lang: [] for lang in self.shares}
@@ -145,8 +148,10 @@ class SelfInstruct:
     def restore(self, tasks: Sequence[Task], asked: int, kept: int, usage: Usage, capped: bool) -> None:
         """Take over a round that was made before, from its new tasks and its figures. To be called in the order of the
         rounds, before `rounds`."""
+        self.pool.extend([task.instruction for task in tasks])
         for task in tasks:
-            self._accept(task)
+            self._pooled.append(task.id)
+            self._show(task)
         self.kept += kept
         self.generator.usage.merge(usage)
         self.generator.capped = self.generator.capped or capped
@@ -285,28 +290,38 @@ class SelfInstruct:
             return  # the token cap left it out
         made.asked += 1
         parsed, said = call.flow.value
+        candidates: list[Task] = []
         for place, found in enumerate(parsed):
             identity = tables.stable_id("self_instruct", self.seed, made.number, number, place)
             if isinstance(found, Reject):
                 made.account.reject(identity, found.detail or said, Reject(found.reason, found.value), step="tasks")
                 continue
             instruction, form = (found, None) if isinstance(found, str) else found
-            task = Task(identity, instruction, call.lang, call.parents, form, said if self.generator.keep_replies else "")
-            why = heuristics.check_instruction(task.instruction, task.lang, self.settings.rules)
-            if why is None:
-                similarity, nearest = self.pool.nearest(task.instruction)
-                made.account.score(similarity)
-                if similarity >= self.settings.max_similarity:
-                    why = Reject("not_novel", similarity, self._pooled[nearest])
+            why = heuristics.check_instruction(instruction, call.lang, self.settings.rules)
             if why is not None:
-                made.account.reject(task.id, task.instruction, why, step="tasks")
+                made.account.reject(identity, instruction, why, step="tasks")
                 continue
+            candidates.append(
+                Task(identity, instruction, call.lang, call.parents, form, said if self.generator.keep_replies else "")
+            )
+        decided = self.pool.admit([task.instruction for task in candidates])
+        accepted = []
+        for task, new, similarity, nearest in zip(
+            candidates, decided.accepted.tolist(), decided.similarity.tolist(), decided.nearest.tolist(), strict=True
+        ):
+            made.account.score(similarity)
+            if new:
+                self._pooled.append(task.id)
+                accepted.append(task)
+            else:
+                made.account.reject(task.id, task.instruction, Reject("not_novel", similarity, self._pooled[nearest]), step="tasks")
+        for task in accepted:
             made.tasks.append(task)
-            self._accept(task)
+            self._show(task)
             yield task
 
-    def _accept(self, task: Task) -> None:
-        self._remember(task.id, task.instruction)
+    def _show(self, task: Task) -> None:
+        """Let later rounds show the task as an example, if it is short enough."""
         if self._short(task):
             self._machine[task.lang].append(json.dumps([task.id, task.instruction, *(task.form or ())]))
 
@@ -436,7 +451,10 @@ class SelfInstruct:
 
     def _request(self, task: Task, step: str, sampling: SamplingSettings, values: dict[str, str], turn: int = 0) -> Request:
         seed = request_seed(self.seed, step, task.id, *again(turn)) if sampling.temperature or turn else 0
-        return Request(self._prompt(step, task.lang).render(**values), sampling, seed)
+        messages = self._prompt(step, task.lang).render(**values)
+        if step == "answer" and self.settings.ban_stock_phrases:
+            messages = prompts.with_system_line(messages, self._prompt("ban", task.lang).sections[0][1])
+        return Request(messages, sampling, seed)
 
     def _checked(self, task: Task, found: list[Pair] | Reject, steps: list[str], number: int, said: str) -> _Instances:
         """The instances of a task as rows or rejects; the task's own candidate is the first of them."""
@@ -503,7 +521,8 @@ class SelfInstruct:
         key = (task.lang, " ".join(steps))
         if key not in self._used:
             sampling = {step: self._sampling_of(step) for step in steps if step != "classification"}
-            self._used[key] = [self._prompt(step, task.lang) for step in steps], sampling
+            ban = ["ban"] * (self.settings.ban_stock_phrases and "answer" in steps)
+            self._used[key] = [self._prompt(step, task.lang) for step in [*steps, *ban]], sampling
         used, sampling = self._used[key]
         return Provenance(self.model, self.generator.revision, used, sampling, self.seed, task.parents, "self_instruct", number)
 

@@ -119,6 +119,9 @@ class SelfInstructSettings(Settings):
         default=SamplingSettings(temperature=0.3, top_p=0.9, repetition_penalty=1.1, max_tokens=128),
         description="answering in chat",
     )
+    ban_stock_phrases: bool = Field(
+        default=False, description="forbid phrases such as `As an AI language model` in the prompt that asks for answers"
+    )
     prompts: str | None = Field(default=None, description="folder with <language>/<name>.txt that replace the project's prompts")
 
     @model_validator(mode="before")

@@ -262,7 +262,7 @@ MESSAGES: dict[str, tuple[str, str]] = {
     "synthesis.asked": ("Requests", "请求数"),
     "synthesis.yield": ("Kept per request", "每次请求保留"),
     "synthesis.novelty": ("Closest match in the pool", "与指令池的最高相似度"),
-    "synthesis.novelty_note": ("ROUGE-L F of everything scored", "所有受评项的 ROUGE-L F"),
+    "synthesis.novelty_note": ("ROUGE-L F of everything scored; below 0.3 counts as 0", "所有受评项的 ROUGE-L F，低于 0.3 记为 0"),
     "synthesis.operations": ("Operations", "操作"),
     "synthesis.examples": ("Example rows", "示例"),
     "synthesis.rejects": ("Rejected, by reason", "按原因列出的剔除"),

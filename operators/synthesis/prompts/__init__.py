@@ -34,6 +34,13 @@ class Prompt:
         return tuple((role, Template(text).substitute(values)) for role, text in self.sections)
 
 
+def with_system_line(messages: Messages, line: str) -> Messages:
+    """The messages with one more line in their system message, or with a system message of that line before them."""
+    if messages and messages[0][0] == "system":
+        return (("system", f"{messages[0][1]}\n{line}"), *messages[1:])
+    return (("system", line), *messages)
+
+
 @lru_cache(maxsize=256)
 def load(name: str, lang: str, directory: str | None = None) -> Prompt:
     """The template `<lang>/<name>.txt`, from `directory` when it has one, else the project's own.
