@@ -285,12 +285,12 @@ def test_a_full_disk_is_an_error_that_damages_nothing_and_writing_goes_on_when_t
     try:
         cache = ReplyCache(str(tmp_path), "a")
 
-        def fill() -> None:
+        def fill(cache: ReplyCache) -> None:
             for n in range(0, 10_000, 10):
                 cache.put(wide(n))
 
         with pytest.raises(OSError, match="replies could not be stored: No space left on device") as failure:
-            fill()
+            fill(cache)
         written = len(cache)
         assert failure.value.errno == errno.ENOSPC
         assert written >= 30
