@@ -92,7 +92,7 @@ class GeneratingStage(Stage):
             cache=ReplyCache(storage.join(run, ".replies"), context.stage),
             max_completion_tokens=self.max_generated_tokens,
             cancelled=context.cancelled,
-            progress=lambda done, total: context.progress(done, total, "items"),
+            progress=lambda done, total: context.progress(done, total, "items") if total else None,
             keep_replies=self.keep_replies,
         )
 
