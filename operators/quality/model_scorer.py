@@ -77,10 +77,7 @@ class Classifier:
             raise SettingsError(f"model {scoring.model}: no sequence classifier with safetensors weights: {error}") from error
         self._model.to(scoring.device).eval()
         config = self._model.config
-        if self._tokenizer.pad_token is None:
-            self._tokenizer.pad_token = self._tokenizer.eos_token
-        if config.pad_token_id is None:  # decoders find the last token of a row by it
-            config.pad_token_id = self._tokenizer.pad_token_id
+        self._padless = config.pad_token_id is None  # a decoder that reads its answer off the last token of a row
         labels = {str(name): int(index) for index, name in config.id2label.items()}
         if scoring.label is None and config.num_labels > 1:
             raise SettingsError(f"model {scoring.model} has the labels {sorted(labels)}: say by `label` which one is the score")
@@ -93,7 +90,7 @@ class Classifier:
 
     @property
     def tokenizer(self) -> Any:
-        """The model's tokenizer, able to pad."""
+        """The model's tokenizer."""
         return self._tokenizer
 
     def score(self, texts: Sequence[str]) -> np.ndarray:
@@ -113,7 +110,7 @@ class Classifier:
                 rows = rows[lengths[rows] > 0]
                 if not len(rows):
                     continue
-                batch = self._tokenizer.pad([dict(encodings[row]) for row in rows], return_tensors="pt").to(scoring.device)
+                batch = self._padded([encodings[row] for row in rows])
                 logits = self._model(**batch).logits.float()
                 if self._activation == "softmax":
                     logits = logits.softmax(-1)
@@ -121,6 +118,24 @@ class Classifier:
                     logits = logits.sigmoid()
                 found[rows] = logits[:, self._output].cpu().numpy()
         return np.round(found, 4).astype(np.float32)
+
+    def _padded(self, encodings: Sequence[Mapping[str, list[int]]]) -> dict[str, Any]:
+        """The encodings as tensors of one length.
+
+        A decoder without a padding token takes for a row's last token the last that is not `config.pad_token_id`. The end
+        token would be wrong for it, since rows end with that; so it gets an id with which no row of the batch ends.
+        """
+        torch, device = self._torch, self._scoring.device
+        if not self._padless:
+            return dict(self._tokenizer.pad([dict(encoding) for encoding in encodings], return_tensors="pt").to(device))
+        rows = [encoding["input_ids"] for encoding in encodings]
+        ends = {row[-1] for row in rows}
+        padding = next(token for token in range(len(ends) + 1) if token not in ends)
+        self._model.config.pad_token_id = padding
+        length = max(map(len, rows))
+        ids = [row + [padding] * (length - len(row)) for row in rows]
+        mask = [[1] * len(row) + [0] * (length - len(row)) for row in rows]
+        return {"input_ids": torch.tensor(ids, device=device), "attention_mask": torch.tensor(mask, device=device)}
 
 
 def batches_by_length(lengths: np.ndarray, batch_tokens: int) -> Iterator[np.ndarray]:

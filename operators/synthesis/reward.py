@@ -254,7 +254,8 @@ class RewardWorker:
         self._supervisor.close()
 
     def __del__(self) -> None:
-        self._supervisor.close()
+        if (supervisor := getattr(self, "_supervisor", None)) is not None:  # none where the constructor did not run
+            supervisor.close()
 
 
 def score_conversations(task: Task, report: Report) -> list[dict[str, Any]]:
