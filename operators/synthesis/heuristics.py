@@ -53,7 +53,8 @@ _OFFER = re.compile(
 )
 _OFFER_LENGTH = 80  # words or characters: a longer reply that begins with an offer usually goes on to do what it offers
 _STATEMENT = re.compile(
-    r"(?:the|an?(?= )|this|that|these|those|it|it's|i|i'm|i've|i'd|my|we|our|he|she|his|her|they|their|there|yes|no|sure|here)\b[^.!?]*[.!]?\s*$",
+    r"(?:the|an?(?= )|this|that|these|those|it|it's|i|i'm|i've|i'd|my|we|our|he|she|his|her|they|their|there|yes|no|sure|here)"
+    r"\b[^.!?]*[.!]?\s*$",
     re.IGNORECASE,
 )
 _PLACEHOLDER = re.compile(
