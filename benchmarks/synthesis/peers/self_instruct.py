@@ -131,7 +131,7 @@ def danlu(material: dict[str, Any]) -> dict[str, Any]:
         kept = 0
         for made in SelfInstruct(settings, seeds, generator, "replay", 17).rounds():
             texts += [row["messages"][0]["content"] for row in made.account.rows]
-            texts += [reject["text"] for reject in made.account.rejects]
+            texts += [reject["text"] for reject in made.account.rejects if reject["text"]]  # lists beyond the last are empty
             kept += len(made.account.rows)
         spent = cpu_s() - started
     return {"cpu_s": spent, "wall_s": time.perf_counter() - clock, "rows": len(texts), "kept": kept, "texts": texts}
