@@ -72,6 +72,7 @@ class Engine:
         self._load: list[int] = []  # requests under way at each replica, of all callers
         self._router = PrefixRouter(settings.max_running)
         self._fruitless = 0
+        self._proved = False  # a reply has come: the settings are such that an engine starts
 
     @property
     def revision(self) -> str:
@@ -154,17 +155,21 @@ class Engine:
                 self._load[slot] -= count
 
     def _answered(self) -> None:
-        self._fruitless = 0
+        self._fruitless, self._proved = 0, True
 
-    def _replace(self, slot: int, dead: Any, death: Exception) -> None:
+    def _replace(self, slot: int, dead: Any, death: Any) -> None:
         """Start a new replica in a slot, unless another caller has done so already. Raises EngineError."""
         import ray
+
+        from operators.synthesis.vllm_worker import EngineStartError
 
         with self._lock:
             if not self._replicas:
                 raise EngineError("the generation engine was stopped while replies were under way") from death
             if self._replicas[slot] is not dead:
                 return
+            if not self._proved and isinstance(getattr(death, "cause", None), EngineStartError):
+                raise EngineError(f"the generation engine ({self.settings.model}) cannot be started: {death.cause}") from death
             self._fruitless += 1
             if self._fruitless >= _MAX_FRUITLESS_STARTS:
                 raise EngineError(
@@ -176,13 +181,15 @@ class Engine:
     def _create(self) -> Any:
         import ray
 
-        from operators.synthesis.vllm_worker import VllmWorker
+        from operators.synthesis.vllm_worker import ENVIRONMENT, VllmWorker
 
         settings = self.settings.model_dump()
         if settings["device"] == "auto":
             settings["device"] = "gpu" if ray.cluster_resources().get("GPU", 0) >= self.settings.tensor_parallel else "cpu"
         gpus = self.settings.tensor_parallel if settings["device"] == "gpu" else 0
-        actor = ray.remote(VllmWorker).options(num_cpus=self.settings.cpus, num_gpus=gpus, max_concurrency=64, max_restarts=0)
+        actor = ray.remote(VllmWorker).options(
+            num_cpus=self.settings.cpus, num_gpus=gpus, max_concurrency=64, max_restarts=0, runtime_env={"env_vars": ENVIRONMENT}
+        )
         return actor.remote(settings, self.cache_directory)
 
 

@@ -21,6 +21,10 @@ from operators.synthesis.requests import PROMPT_TOO_LONG, REFUSED, Messages, Rep
 _CHUNK = 32  # requests that are tokenised before the engine sees them: it starts while the rest is being tokenised
 
 
+class EngineStartError(RuntimeError):
+    """vLLM could not be built with these settings, model or device: it says why, and would say so again."""
+
+
 @dataclass(frozen=True)
 class _Waiting:
     """A request that is ready for the engine."""
@@ -50,15 +54,15 @@ class VllmWorker:
         self._tokenizer: Any = None
         self._tokenizing = threading.Lock()
         self._length = 0
-        _environment(settings)
+        set_environment(settings)
         self._thread = threading.Thread(target=self._run, args=(cache_directory,), name="vllm", daemon=True)
         self._thread.start()
         with self._changed:
             self._changed.wait_for(lambda: self._ready or self._failure is not None)
-        self._raise_failure()
 
     def ready(self) -> int:
-        """The process id, once the weights are loaded (calls wait for the constructor)."""
+        """The process id, once the weights are loaded (calls wait for the constructor). Raises EngineStartError."""
+        self._raise_failure()
         return os.getpid()
 
     def submit(self, client: str, requests: list[tuple[int, Request]]) -> None:
@@ -107,8 +111,12 @@ class VllmWorker:
             self._changed.notify_all()
 
     def _raise_failure(self) -> None:
-        if self._failure is not None:
-            raise RuntimeError(f"the vLLM engine failed: {type(self._failure).__name__}: {self._failure}") from self._failure
+        if self._failure is None:
+            return
+        why = f"{type(self._failure).__name__}: {self._failure}"
+        if not self._ready:
+            raise EngineStartError(why) from self._failure
+        raise RuntimeError(f"the vLLM engine failed: {why}") from self._failure
 
     def _prepare(self, client: str, index: int, request: Request) -> _Waiting | tuple[int, Reply]:
         """A request for the engine, or the reply to one that it cannot answer, whatever is wrong with it."""
@@ -177,22 +185,26 @@ class VllmWorker:
                     self._changed.notify_all()
 
 
-def _environment(settings: dict[str, Any]) -> None:
+ENVIRONMENT = {
+    "VLLM_NO_USAGE_STATS": "1",
+    "HF_HUB_OFFLINE": "1",
+    "TRANSFORMERS_OFFLINE": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_LOGGING_LEVEL": "WARNING",
+}
+"""What vLLM reads when it is imported. An actor with an environment of its own also gets a fresh process rather than one
+that has run other tasks: vLLM 0.32 on CPU cannot be built where llvmlite is imported."""
+
+
+def set_environment(settings: dict[str, Any]) -> None:
     """vLLM reads these when it is imported, torch reads the thread count when its library loads."""
-    os.environ.update(
-        VLLM_NO_USAGE_STATS="1",
-        HF_HUB_OFFLINE="1",
-        TRANSFORMERS_OFFLINE="1",
-        TOKENIZERS_PARALLELISM="false",
-        VLLM_ENABLE_V1_MULTIPROCESSING="0",
-        VLLM_LOGGING_LEVEL="WARNING",
-    )
+    os.environ.update(ENVIRONMENT)
     if settings["device"] == "cpu":
         # Waiting threads sleep instead of spinning: on two cores shared with other work 440 tokens/s against 60-96.
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         # Ray gives a one-CPU actor OMP_NUM_THREADS=1; the engine is meant to use the machine.
         os.environ["OMP_NUM_THREADS"] = str(settings["cpu_threads"] or os.cpu_count() or 1)
-        os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(settings["kv_cache_gb"])
 
 
 def vllm_options(settings: dict[str, Any], model: str) -> dict[str, Any]:
@@ -219,6 +231,7 @@ def vllm_options(settings: dict[str, Any], model: str) -> dict[str, Any]:
         # not use offset"), so prompts go in whole: the budget of a step holds the longest.
         options["enable_chunked_prefill"] = False
         options["max_num_batched_tokens"] = max(2048, settings["max_model_len"])
+        options["kv_cache_memory_bytes"] = int(settings["kv_cache_gb"] * 2**30)
         options["block_size"] = 32  # prefixes are shared in blocks; the CPU's default of 128 tokens misses short prompts
     else:
         options["gpu_memory_utilization"] = settings["gpu_memory"]

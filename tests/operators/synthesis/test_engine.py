@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -24,6 +26,12 @@ SETTINGS = EngineSettings(max_model_len=512, max_running=16)
 
 def ask(text: str, tokens: int = 12, seed: int = 1, temperature: float = 0.8) -> Request:
     return Request((("user", text),), SamplingSettings(temperature=temperature, max_tokens=tokens), seed)
+
+
+def test_the_worker_imports_nothing_beside_which_vllm_cannot_start() -> None:
+    """vLLM 0.32 on CPU looks into every imported module and ends at llvmlite's, which numba and our kernels bring."""
+    code = "import sys, operators.synthesis.vllm_worker; sys.exit('llvmlite' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 @pytest.fixture(scope="module")
@@ -208,6 +216,14 @@ def test_a_killed_engine_is_started_again_and_only_what_was_in_flight_is_drawn_a
     again = Generator(lambda: pytest.fail("everything is cached"), engine.revision, ReplyCache(str(tmp_path / "replies"), "test"))
     assert again.ask(requests) == replies
     assert again.cache_hits == 16
+
+
+@pytest.mark.slow
+def test_settings_that_no_engine_can_have_end_the_first_request_with_the_reason(ray_cluster: None, model_cache: Path) -> None:
+    engine = Engine(SETTINGS.model_copy(update={"max_model_len": 10**6}), str(model_cache))
+    with pytest.raises(EngineError, match=r"cannot be started.*max_model_len"):
+        list(engine.generate([ask("x")]))
+    engine.stop()
 
 
 def _kill_when(cache: ReplyCache, process: int) -> None:
