@@ -49,6 +49,7 @@ _ZH_POLITE = re.compile(
     "您能|您可以|能否|能不能|可以|我想要|我想|我要|我需要|我希望你|希望你|给我|为我|让我们|现在|一下)[，,！!。 ]*)+"
 )
 _ZH_QUESTION = ("什么", "为什么", "如何", "怎么", "怎样", "哪", "谁", "多少", "几", "是否", "吗")
+_ZH_COMPLEMENT = re.compile("(?:成|为|到|给)$")  # 翻译成 -> 翻译
 _ZH_CLAUSE = re.compile('[，,。.；;：:？?！!\n（(《“"「、]')
 
 
@@ -186,7 +187,8 @@ def _chinese(text: str) -> str | None:
     if segment and len(segment[-1][0]) > 1 and segment[-1][1][:1] not in "rpcdufym":
         last = segment[-1][0]  # a head that the dictionary takes for a verb (摘要) still ends its phrase
     noun = last or (nouns[-1] if nouns else None)
-    return f"{tagged[at][0]} {noun}" if noun else tagged[at][0]
+    verb = tagged[at][0] if tagged[at][0] in _ZH_VERBS else _ZH_COMPLEMENT.sub("", tagged[at][0]) or tagged[at][0]
+    return f"{verb} {noun}" if noun else verb
 
 
 def _chinese_verb(tagged: list[tuple[str, str]]) -> int | None:
@@ -199,7 +201,7 @@ def _chinese_verb(tagged: list[tuple[str, str]]) -> int | None:
     for place, (word, tag) in enumerate(tagged[first:], first):
         if word in _ZH_QUESTION and not verbs:
             return place
-        if word in _ZH_VERBS and word not in _ZH_LEADING:
+        if (word in _ZH_VERBS or _ZH_COMPLEMENT.sub("", word) in _ZH_VERBS) and word not in _ZH_LEADING:
             return place
         if tag.startswith("v") and word not in ("可", "能", "要", "有", "是", "会", "想") and word not in _ZH_LEADING:
             verbs.append(place)

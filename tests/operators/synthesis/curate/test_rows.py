@@ -171,7 +171,7 @@ def test_rules_for_malformed_rows_are_chosen() -> None:
 
 
 def test_numbers_are_read_however_they_are_written() -> None:
-    written = "1,234.5, １２, 三百二十, 二〇二三年, 3.5万 and twenty-five, two hundred and six, 2 million, 一万二千"
+    written = "1,234.5, １２, 三百二十, 二〇二三年, 3.5万, twenty-five, two hundred and six, 2 million, 一万二千"
     assert [value for value, _ in values(written)] == [1234.5, 12, 320, 2023, 35000, 25, 206, 2e6, 12000]
     assert values("成千上万的人") == []
 
