@@ -48,7 +48,7 @@ def main() -> None:
         described = [_pairs(folder, options.quick, options.rounds, ratio, figures)]
         size = 5_000 if options.quick else 50_000
         described.append(_pool(folder, "en", size, options.rounds, ratio, figures))
-        described.append(_pool(folder, "zh", min(size, 20_000), options.rounds, ratio, figures))
+        described.append(_pool(folder, "zh", min(size, 10_000), options.rounds, ratio, figures))
         sizes = [1_000, 10_000, 50_000] if options.quick else [10_000, 100_000, 1_000_000]
         described.append(_growth(folder, sizes, figures))
     publish("synthesis.novelty", ratio, figures, data="; ".join(described), quick=options.quick)
