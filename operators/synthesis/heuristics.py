@@ -31,7 +31,23 @@ _STOP_WORDS = frozenset(
     )
 )
 _NO_INPUT = frozenset(
-    ["", "none", "n/a", "na", "no input", "noinput", "nothing", "not needed", "无", "没有", "无输入", "不需要", "无需输入", "空"]
+    [
+        "",
+        "none",
+        "no",
+        "n/a",
+        "na",
+        "no input",
+        "noinput",
+        "nothing",
+        "not needed",
+        "无",
+        "没有",
+        "无输入",
+        "不需要",
+        "无需输入",
+        "空",
+    ]
 )
 
 

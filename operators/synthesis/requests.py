@@ -51,13 +51,12 @@ class Request:
     def key(self, revision: str) -> str:
         """32 hex digits that name the reply: model revision (weights, tokenizer and chat template, hence the rendered
         prompt is a function of it and the messages), messages, sampling settings, schema, seed and sample number."""
-        digest = hashlib.blake2b(digest_size=16)
         pieces = [self.model or revision, self.sampling.model_dump_json(), self.json_schema or "", str(self.seed), str(self.sample)]
-        for piece in [*pieces, *(text for message in self.messages for text in message)]:
-            data = piece.encode("utf-8", "surrogatepass")
-            digest.update(len(data).to_bytes(8, "little"))
-            digest.update(data)
-        return digest.hexdigest()
+        for role, text in self.messages:
+            pieces += (role, text)
+        encoded = [piece.encode("utf-8", "surrogatepass") for piece in pieces]
+        data = b"".join([part for piece in encoded for part in (len(piece).to_bytes(8, "little"), piece)])
+        return hashlib.blake2b(data, digest_size=16).hexdigest()
 
 
 @dataclass(frozen=True)

@@ -129,7 +129,7 @@ class SelfInstruct:
         self._pooled = Texts()  # ids, by number in the pool
         self._machine = {lang: Texts() for lang in self.shares}  # accepted tasks short enough for an example, as JSON
         self._human: dict[str, list[Task]] = {lang: [] for lang in self.shares}
-        self._used: dict[tuple[str, str], tuple[list[prompts.Prompt], dict[str, SamplingSettings]]] = {}
+        self._origins: dict[tuple[str, str], dict[str, Any]] = {}  # provenance by (language, steps), without parents and round
         for seed_task in seeds:
             task = Task(seed_task.id, seed_task.instruction, seed_task.lang)
             task.form = next(iter(seed_task.instances), None)
@@ -469,7 +469,8 @@ class SelfInstruct:
             why = clash or heuristics.check_instance(task.instruction, given, output, task.lang, self.settings.rules.min_script)
             if why is None and step in ("output_first", "instances"):
                 shown = shown_examples(self._prompt(step, task.lang))
-                why = heuristics.copies(given, shown) or heuristics.copies(output, shown)
+                echo = heuristics.check_input(task.instruction, given) if given else None
+                why = echo or heuristics.copies(given, shown) or heuristics.copies(output, shown)
             if why is None and (given, output) in seen:
                 why = Reject("duplicate_instance")
             seen.add((given, output))
@@ -477,9 +478,7 @@ class SelfInstruct:
                 text = f"{heuristics.join_input(task.instruction, given)}\n\n{output}"
                 made.rejects.append((identity, text, why, step))
                 continue
-            row = instruction_row(
-                identity, task.instruction, given, output, task.lang, self._provenance(task, steps, number).to_row()
-            )
+            row = instruction_row(identity, task.instruction, given, output, task.lang, self._provenance(task, steps, number))
             made.rows.append((row, {"instruction": task.instruction, "input": given, "output": output, "lang": task.lang}))
         return made
 
@@ -517,14 +516,15 @@ class SelfInstruct:
         if made.asked or not made.number:
             yield made  # a round of which the cap left nothing is none
 
-    def _provenance(self, task: Task, steps: list[str], number: int) -> Provenance:
+    def _provenance(self, task: Task, steps: list[str], number: int) -> dict[str, Any]:
         key = (task.lang, " ".join(steps))
-        if key not in self._used:
+        if key not in self._origins:
             sampling = {step: self._sampling_of(step) for step in steps if step != "classification"}
             ban = ["ban"] * (self.settings.ban_stock_phrases and "answer" in steps)
-            self._used[key] = [self._prompt(step, task.lang) for step in [*steps, *ban]], sampling
-        used, sampling = self._used[key]
-        return Provenance(self.model, self.generator.revision, used, sampling, self.seed, task.parents, "self_instruct", number)
+            used = [self._prompt(step, task.lang) for step in [*steps, *ban]]
+            origin = Provenance(self.model, self.generator.revision, used, sampling, self.seed, [], "self_instruct", 0)
+            self._origins[key] = origin.to_row()
+        return {**self._origins[key], "parents": list(task.parents), "round": number}
 
     def _sampling_of(self, step: str) -> SamplingSettings:
         if step in ("instructions", "alpaca"):

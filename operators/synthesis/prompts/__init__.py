@@ -31,7 +31,7 @@ class Prompt:
 
     def render(self, **values: str) -> Messages:
         """The messages with values in place. Raises KeyError for a place without a value."""
-        return tuple((role, Template(text).substitute(values)) for role, text in self.sections)
+        return tuple((role, Template(text).substitute(values) if "$" in text else text) for role, text in self.sections)
 
 
 def with_system_line(messages: Messages, line: str) -> Messages:
