@@ -19,7 +19,7 @@ def list_all() -> list[str]:
     """One line for each stage kind and each operator."""
     lines = ["Stages (kind):"]
     lines += [f"  {kind:<20} {_first_line(stages.load(kind))}" for kind in stages.STAGES]
-    lines += ["", "Operators (in the `operators` of a corpus stage):"]
+    lines += ["", "Operators (in the `operators` of a corpus stage, or of a curate stage for conversations):"]
     lines += [f"  {name:<20} {_first_line(registry.load(name))}" for name in registry.OPERATORS]
     lines += ["", "`danlu ops show NAME` tells every setting. Your own: an import path `package.module:Class`."]
     return lines

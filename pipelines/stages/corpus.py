@@ -7,6 +7,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field
 
 from operators import registry
+from operators.config import SettingsError
 from operators.corpus import run_corpus
 from operators.filters.expression import FilterExpression
 from operators.measures import Measure
@@ -43,6 +44,8 @@ class CorpusStage(Stage):
         columns = [*TEXT_SCHEMA.names, *CONTENT_SCHEMA.names, *(name for name, _ in self.read.carried())]
         for entry in self.operators:
             operator = registry.build(entry)
+            if "messages" in operator.needs:
+                raise SettingsError(f"operator {operator.name} works on conversations: use it in a stage of kind `curate`")
             if isinstance(operator, FilterExpression):
                 operator.check_spelling(columns)
             columns += operator.adds

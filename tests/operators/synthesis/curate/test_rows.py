@@ -248,9 +248,12 @@ def test_kinds_of_stock_phrases_and_ones_of_ones_own() -> None:
         registry.build({"stock_phrases": {"extra": ["a*"]}})
 
 
-def test_the_ban_of_stock_phrases_can_stand_in_a_prompt_of_either_language() -> None:
-    assert "As an AI language model" in ban_line("en")
-    assert "作为一个人工智能语言模型" in ban_line("zh")
+def test_the_ban_of_stock_phrases_stands_in_either_language_and_names_none_of_them() -> None:
+    known = patterns.load("stock_phrases", "identity", "cutoff")
+    for lang in ("en", "zh"):  # naming a phrase makes a small model say it
+        assert not known.matches(pa.array([ban_line(lang)], pa.large_string())).any()
+    assert "Do not speak about yourself" in ban_line("en")
+    assert "不要谈论自己" in ban_line("zh")
 
 
 REFUSALS = [

@@ -232,6 +232,11 @@ def test_a_recipe_that_cannot_work_says_so(operators: str, problem: str) -> None
         parse_recipe(RECIPE % operators)
 
 
+def test_a_corpus_stage_refuses_operators_for_conversations() -> None:
+    with pytest.raises(SettingsError, match="use it in a stage of kind `curate`"):
+        parse_recipe("name: x\nstages:\n  c: {kind: corpus, read: {path: a.jsonl}, operators: [stock_phrases]}\n")
+
+
 def test_a_model_of_another_stage_is_an_input() -> None:
     recipe = parse_recipe(RECIPE % "[{token_length: {tokenizer: '@s', max: 9}}, {instruction_difficulty: {model: '@s'}}]")
     assert recipe.stages["c"].input_names() == ["s"]
