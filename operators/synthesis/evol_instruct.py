@@ -221,7 +221,7 @@ class EvolInstruct:
     """The method as a stream of units; a pure function of settings, input rows and replies.
 
     `limit`: only that many of the first items are evolved. Memory: the items within 2 x rounds x 256 rows, and for the
-    novelty test the tokens and ids of all instructions so far, about 150 bytes each.
+    novelty test the index and ids of all instructions so far, about 0.4 kB each.
     """
 
     def __init__(

@@ -110,7 +110,7 @@ class SelfInstruct:
     """The method as a stream of rounds; a pure function of settings, seeds and replies.
 
     Memory: the seeds, two rounds, and for each task ever accepted its instruction, its id and its tokens for the novelty
-    test, about 200 bytes.
+    test, about half a kilobyte (measured: 520 bytes at 60,000 tasks of eleven words).
     """
 
     def __init__(
