@@ -48,7 +48,7 @@ def _value(match: re.Match[str]) -> float | None:
     if not match["han"]:
         return _word_value(match["words"].lower())
     written = match["han"].lstrip("第")
-    return _han_value(written) if any(c in _DIGITS for c in written) or written in _UNITS else None  # 成千上万 is no number
+    return _han_value(written) if any(c in _DIGITS for c in written) or written == "十" else None  # 成千上万 is no number
 
 
 def _han_value(text: str) -> float | None:
