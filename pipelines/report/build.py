@@ -88,7 +88,7 @@ def render(run: RunView) -> str:
         choosing_stages=run.of_kind(*CHOOSING_KINDS),
         token_stages=run.of_kind("tokenizer", "pack"),
         synthesis_stages=run.of_kind("conversations", *SYNTHESIS_KINDS),
-        preference_stages=run.of_kind("preferences"),
+        preference_stages=run.of_kind("preferences", "rankings"),
         training_stages=run.of_kind(*TRAINING_KINDS),
         training_summaries=training.summaries(run),
         training_panels=training.panels(run),
@@ -112,7 +112,7 @@ def _sections(run: RunView) -> list[str]:
         "choosing": set(CHOOSING_KINDS),
         "tokens": {"tokenizer", "pack"},
         "synthesis": {"conversations", *SYNTHESIS_KINDS},
-        "preferences": {"preferences"},
+        "preferences": {"preferences", "rankings"},
         "training": set(TRAINING_KINDS),
         "evaluation": {"evaluate"},
     }
@@ -193,13 +193,14 @@ def _bar(value: figures.Number, total: figures.Number, style: str) -> Markup:
 _SHOWN_APART = frozenset({"usage", "rounds", "novelty", "operations", "languages", "margins", "sources", "examples", "mixture"})
 
 
-def measured(stage: StageView) -> list[tuple[str, dict[str, figures.Number]]]:
-    """Histograms that a method of synthesis counted beside those that have a place of their own: (name, counts)."""
-    return [
-        (name.replace("_", " "), counts)
-        for name in stage.stats
-        if name not in _SHOWN_APART and (counts := stage.counts(name)) and len(counts) <= MAX_CLUSTER_BINS
-    ]
+def measured(stage: StageView) -> list[tuple[str, dict[str, figures.Number], bool]]:
+    """What a method of synthesis counted beside what has a place of its own: (name, counts, whether the keys are numbers)."""
+    found = []
+    for name in stage.stats:
+        counts = {} if name in _SHOWN_APART else stage.counts(name)
+        if 1 < len(counts) <= MAX_CLUSTER_BINS:
+            found.append((name.replace("_", " "), counts, all(corpus.is_number(key) for key in counts)))
+    return found
 
 
 def cluster_bins(clusters: dict[str, figures.Number]) -> list[tuple[str, figures.Number]]:

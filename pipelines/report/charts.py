@@ -83,8 +83,8 @@ def span(start: float, length: float, total: float, style: str, tip: str) -> Mar
     )
 
 
-def nice_ticks(low: float, high: float, count: int = 4) -> list[float]:
-    """Round numbers that span low..high: steps of 1, 2, 2.5 or 5 times a power of ten."""
+def nice_ticks(low: float, high: float, count: int = 4, least_step: float = 0.0) -> list[float]:
+    """Round numbers that span low..high: steps of 1, 2, 2.5 or 5 times a power of ten, whole ones with `least_step` 1."""
     if not (math.isfinite(low) and math.isfinite(high)):
         return [0.0, 1.0]
     if high - low <= max(1e-9 * max(abs(low), abs(high)), 1e-290):
@@ -92,7 +92,8 @@ def nice_ticks(low: float, high: float, count: int = 4) -> list[float]:
         low, high = low - pad, high + pad
     raw = (high - low) / max(1, count)
     power = 10.0 ** math.floor(math.log10(raw))
-    step = next(factor * power for factor in (1, 2, 2.5, 5, 10) if factor * power >= raw * 0.999)
+    factors = (1, 2, 5, 10) if least_step == power == 1 else (1, 2, 2.5, 5, 10)  # counts have no halves
+    step = max(least_step, next(factor * power for factor in factors if factor * power >= raw * 0.999))
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
     digits = 3 - math.floor(math.log10(step))
     return [round(index * step, digits) + 0.0 for index in range(first, last + 1)]
@@ -103,7 +104,7 @@ def histogram(bins: Sequence[tuple[str, Number]], style: str = "s1", height: int
     if not bins:
         return Markup("")
     top = max(value for _, value in bins)
-    ticks = nice_ticks(0, max(1, top), 3)
+    ticks = nice_ticks(0, max(1, top), 3, least_step=1)
     ceiling = ticks[-1]
     plot_width, plot_height = WIDTH - _LEFT - _RIGHT, height - _TOP - _BOTTOM
     pieces = _horizontal_grid(ticks, lambda mark: _TOP + plot_height * (1 - mark / ceiling), compact)

@@ -110,17 +110,18 @@ def power_label(k: int) -> str:
 def tenths(counts: Mapping[str, Number]) -> list[tuple[str, Number]]:
     """Counts by score 0.0 .. 0.9, absent ones as zero; other keys follow in numeric order."""
     usual = [f"{index / 10:.1f}" for index in range(10)]
-    known = {f"{float(key):.1f}" if _is_number(key) else key: count for key, count in counts.items()}
+    known = {f"{float(key):.1f}" if is_number(key) else key: count for key, count in counts.items()}
     extra = numeric_order(key for key in known if key not in usual)
     return [(key, known.get(key, 0)) for key in usual] + [(key, known[key]) for key in extra]
 
 
 def numeric_order(keys: Iterable[str]) -> list[str]:
     """Keys that are numbers by value, the others after them by name."""
-    return sorted(keys, key=lambda key: (0, float(key), key) if _is_number(key) else (1, 0.0, key))
+    return sorted(keys, key=lambda key: (0, float(key), key) if is_number(key) else (1, 0.0, key))
 
 
-def _is_number(key: str) -> bool:
+def is_number(key: str) -> bool:
+    """True for the name of a bin that is a number."""
     try:
         return float(key) == float(key)
     except ValueError:

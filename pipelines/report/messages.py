@@ -146,6 +146,7 @@ MESSAGES: dict[str, tuple[str, str]] = {
     "kind.evol_instruct": ("evol-instruct", "指令进化"),
     "kind.document_instruct": ("from documents", "文档出题"),
     "kind.responses": ("responses", "回复"),
+    "kind.rankings": ("rankings", "排序数据"),
     "kind.preferences": ("preferences", "偏好"),
     "kind.curate": ("curating", "筛选"),
     "kind.pretrain": ("pretrain", "预训练"),
