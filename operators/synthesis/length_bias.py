@@ -84,18 +84,30 @@ def sums_of_pairs(rows: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, floa
     return found
 
 
-def bound_longer(account: Account, share: float) -> None:
-    """Set pairs aside until at most this share of the account's pairs have the longer reply chosen.
+def bound_length(account: Account, longer: float | None, shorter: float | None) -> None:
+    """Set pairs aside until at most the share `longer` of the account's pairs has the longer reply chosen, and at most the
+    share `shorter` the shorter one (None: no bound).
 
-    Those with the smallest margin go first, of equal ones the last; each becomes a reject `chosen_longer`.
+    Those with the smallest margin go first, of equal ones the last; each becomes a reject `chosen_longer` or
+    `chosen_shorter`.
     """
-    longer = [place for place, row in enumerate(account.rows) if row["tokens_chosen"] > row["tokens_rejected"]]
-    others = len(account.rows) - len(longer)
-    allowed = len(longer) if share >= 1 else math.floor(others * share / (1 - share) + 1e-9)
-    by_margin = sorted(longer, key=lambda place: (-account.rows[place]["margin"], place))
+    bounds = [(1, longer, "chosen_longer"), (-1, shorter, "chosen_shorter")]
+    before = -1
+    while before != len(account.rows):  # what one bound takes away changes the share that the other bounds
+        before = len(account.rows)
+        for direction, share, reason in bounds:
+            if share is not None and share < 1:
+                _bound(account, direction, share, reason)
+
+
+def _bound(account: Account, direction: int, share: float, reason: str) -> None:
+    apart = [row["tokens_chosen"] - row["tokens_rejected"] for row in account.rows]
+    places = [place for place, difference in enumerate(apart) if difference * direction > 0]
+    allowed = math.floor((len(apart) - len(places)) * share / (1 - share) + 1e-9)
+    by_margin = sorted(places, key=lambda place: (-account.rows[place]["margin"], place))
     for place in sorted(by_margin[allowed:], reverse=True):
         row = account.rows[place]
-        account.withdraw(place, Reject("chosen_longer", row["tokens_chosen"] / max(1, row["tokens_rejected"])), row_text(row))
+        account.withdraw(place, Reject(reason, row["tokens_chosen"] / max(1, row["tokens_rejected"])), row_text(row))
 
 
 def row_text(row: Mapping[str, Any]) -> str:

@@ -87,6 +87,7 @@ class PairingSettings(Settings):
         description="most share of pairs in which the chosen reply is the longer one, kept in every unit of rows; "
         "those with the smallest margins go",
     )
+    max_chosen_shorter: float | None = Field(default=None, ge=0, le=1, description="likewise where it is the shorter one")
 
 
 class PreferenceSettings(AnswerSettings, ScoringSettings, PairingSettings):
@@ -204,19 +205,8 @@ def _prefer(prompt: OpenPrompt, settings: PreferenceSettings, panel: Panel) -> F
         account.reject(prompt.id, shown(prompt, scores), found, created=False)
         return account
     for place, (best, worst, margin) in enumerate(found):
-        row = {
-            "id": tables.stable_id("preferences", panel.seed, prompt.id, *([place] if place else [])),
-            "prompt": messages_of(prompt),
-            "chosen": [{"role": "assistant", "content": best.text}],
-            "rejected": [{"role": "assistant", "content": worst.text}],
-            "margin": margin,
-            "lang": prompt.lang,
-            "provenance": _provenance(prompt, settings, panel, "preference"),
-            "score_chosen": best.score,
-            "score_rejected": worst.score,
-            "tokens_chosen": best.tokens,
-            "tokens_rejected": worst.tokens,
-        }
+        identity = tables.stable_id("preferences", panel.seed, prompt.id, *([place] if place else []))
+        row = pair_row(identity, prompt, best, worst, margin, _provenance(prompt, settings, panel, "preference"))
         example = {"prompt": prompt.text, "chosen": best.text, "rejected": worst.text, "margin": margin}
         account.keep(row, "preference", example, created=place > 0)
     return account
@@ -295,6 +285,25 @@ def shown(prompt: OpenPrompt, scores: Scores) -> str:
         for s in scores.samples
     ]
     return json.dumps({"prompt": prompt.text, "samples": samples}, ensure_ascii=False)
+
+
+def pair_row(
+    identity: str, prompt: OpenPrompt, best: Scored, worst: Scored, margin: float, provenance: dict[str, Any]
+) -> dict[str, Any]:
+    """One row of PAIRS."""
+    return {
+        "id": identity,
+        "prompt": messages_of(prompt),
+        "chosen": [{"role": "assistant", "content": best.text}],
+        "rejected": [{"role": "assistant", "content": worst.text}],
+        "margin": margin,
+        "lang": prompt.lang,
+        "provenance": provenance,
+        "score_chosen": best.score,
+        "score_rejected": worst.score,
+        "tokens_chosen": best.tokens,
+        "tokens_rejected": worst.tokens,
+    }
 
 
 def messages_of(prompt: OpenPrompt) -> list[dict[str, str]]:

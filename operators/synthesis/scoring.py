@@ -73,7 +73,8 @@ class ScoringSettings(Settings):
     judge: JudgeSettings = Field(default=JudgeSettings(), description="for `scorer: judge`: who judges and how")
     reward: RewardSettings | None = Field(default=None, description="for `scorer: reward`: the classifier")
     length_penalty: float = Field(
-        default=0.0, ge=0, description="points taken off a score for each doubling of the length over the prompt's samples"
+        default=0.0,
+        description="points taken off a score for each doubling of the length over the prompt's samples; below 0 they are given",
     )
 
     @model_validator(mode="after")

@@ -24,6 +24,7 @@ STAGES: dict[str, str] = {
     "evol_instruct": "pipelines.stages.synthesis:EvolInstructStage",
     "responses": "pipelines.stages.responses:ResponsesStage",
     "document_instruct": "pipelines.stages.documents:DocumentInstructStage",
+    "rankings": "pipelines.stages.rankings:RankingsStage",
     "preferences": "pipelines.stages.preferences:PreferencesStage",
     "curate": "pipelines.stages.curate:CurateStage",
     "pretrain": "pipelines.stages.training:PretrainStage",

@@ -11,7 +11,7 @@ from pydantic import Field
 from operators.ledger import merge_stats
 from operators.stage import StageContext
 from operators.synthesis.flow import Flow
-from operators.synthesis.length_bias import bound_longer
+from operators.synthesis.length_bias import bound_length
 from operators.synthesis.preferences import PreferenceSettings, pair_statistics, preference_flow
 from operators.synthesis.requests import Reject
 from operators.synthesis.rows import Account
@@ -62,7 +62,6 @@ class PreferencesStage(AnsweringStage, PreferenceSettings):
     ) -> None:
         """A unit's pairs are bound in their share of longer replies when all of them are known."""
         if self.unpaired is None:
-            if self.max_chosen_longer is not None:
-                bound_longer(account, self.max_chosen_longer)
+            bound_length(account, self.max_chosen_longer, self.max_chosen_shorter)
             stats = merge_stats({**account.stats(), "usage": stats["usage"]}, pair_statistics(account))
         super().commit(context, unit, account, schema, stats, extra)

@@ -236,13 +236,17 @@ def test_the_share_of_longer_chosen_replies_is_bound_and_the_narrowest_go() -> N
     account = Account("preferences")
     for n, (margin, chosen, rejected) in enumerate([(0.5, 20, 10), (0.2, 20, 10), (0.9, 5, 10), (0.4, 20, 10), (0.3, 10, 10)]):
         account.keep(pair_row(n, margin, chosen, rejected), "preference", created=False)
-    length_bias.bound_longer(account, 0.5)
+    length_bias.bound_length(account, 0.5, None)
     assert [row["id"] for row in account.rows] == ["r0", "r2", "r3", "r4"]
     assert [(r["id"], r["reason"], r["value"]) for r in account.rejects] == [("r1", "chosen_longer", 2.0)]
     account.ledger.check("test")
     assert account.operations["preference"] == 4
-    length_bias.bound_longer(account, 0.0)
+    length_bias.bound_length(account, 0.0, None)
     assert [row["id"] for row in account.rows] == ["r2", "r4"]
+    length_bias.bound_length(account, 1.0, 0.4)
+    assert [row["id"] for row in account.rows] == ["r4"]
+    assert account.rejects[-1]["reason"] == "chosen_shorter"
+    account.ledger.check("test")
 
 
 # --- labels
