@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from operators import shards
+from operators import registry, shards
 from operators.config import SettingsError
 from operators.dedup import exchange
 from operators.ledger import Ledger
@@ -243,10 +243,9 @@ def test_a_model_of_another_stage_is_an_input() -> None:
     assert recipe.stages["c"].files() == []
 
 
-def test_every_operator_is_listed_and_documented() -> None:
-    listed = "\n".join(describe.list_all())
+def test_operators_are_listed_and_documented() -> None:
     for name in ("vague_reference", "refusal_share", "instruction_difficulty", "reply_repeats"):
-        assert name in listed
+        assert name in registry.OPERATORS
         assert len(describe.describe_one(name)) > 6
     assert "operators" in "\n".join(describe.describe_one("curate"))
 
