@@ -124,6 +124,8 @@ class InstructionRules(Settings):
 
 def language_of(text: str) -> str:
     """`zh` when at least a fifth of the letters are Han characters, else `en`."""
+    if text.isascii():
+        return "en"
     letters = sum(char.isalpha() for char in text)
     return "zh" if letters and len(_HAN.findall(text)) >= 0.2 * letters else "en"
 
@@ -135,6 +137,8 @@ def length_of(text: str, lang: str) -> int:
 
 def script_share(text: str, lang: str) -> float:
     """The share of letters that belong to the script of the language; 1 when there is no letter."""
+    if text.isascii():  # almost all English, without looking at each character
+        return 1.0 if lang != "zh" or not _ASCII_LETTER.search(text) else 0.0
     letters = sum(char.isalpha() for char in text)
     if not letters:
         return 1.0
