@@ -83,7 +83,7 @@ def render(run: RunView) -> str:
         accounts={account.stage.name: account for account in rows},
         balances=accounts.balances(run),
         classifier_stages=run.of_kind("quality_classifier"),
-        corpus_stages=run.of_kind("corpus"),
+        corpus_stages=run.of_kind("corpus", "curate"),
         dedup_stages=run.of_kind("dedup"),
         choosing_stages=run.of_kind(*CHOOSING_KINDS),
         token_stages=run.of_kind("tokenizer", "pack"),
@@ -107,7 +107,7 @@ def _sections(run: RunView) -> list[str]:
     """Sections whose kinds of stage the recipe has, in reading order."""
     kinds = {stage.kind for stage in run.stages}
     wanted = {
-        "corpus": {"corpus", "quality_classifier"},
+        "corpus": {"corpus", "quality_classifier", "curate"},
         "duplicates": {"dedup"},
         "choosing": set(CHOOSING_KINDS),
         "tokens": {"tokenizer", "pack"},
