@@ -173,7 +173,7 @@
     if (button.dataset.verdict) judge(button.dataset.verdict);
   });
   document.addEventListener("keydown", (event) => {
-    const typing = event.target.closest("input, textarea");
+    const typing = event.target instanceof Element ? event.target.closest("input, textarea") : null;
     if (typing) {
       if (event.key === "Escape") { typing.blur(); byId("row").focus({ preventScroll: true }); }
       return;

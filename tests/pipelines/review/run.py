@@ -19,10 +19,17 @@ _SPANS = [
 ]  # fmt: skip
 DOCUMENTED = pa.schema([*INSTRUCTIONS, *(pa.field(name, kind) for name, kind in _SPANS)])
 _TEXTS = {
-    "en": ("How often should the filter be rinsed, and why?", "Rinse it every two weeks: dust that settles there lowers the flow of air.",
-           "The filter should be rinsed every two weeks. Dust that settles on it lowers the flow of air and raises consumption."),
-    "zh": ("滤网应多久冲洗一次？为什么？", "每两周冲洗一次：积在滤网上的灰尘会降低风量。", "滤网应每两周冲洗一次。积在滤网上的灰尘会降低风量并增加能耗。"),
-}  # fmt: skip
+    "en": (
+        "How often should the filter be rinsed, and why?",
+        "Rinse it every two weeks: dust that settles there lowers the flow of air.",
+        "The filter should be rinsed every two weeks. Dust that settles on it lowers the flow of air.",
+    ),
+    "zh": (
+        "滤网应多久冲洗一次？为什么？",
+        "每两周冲洗一次：积在滤网上的灰尘会降低风量。",
+        "滤网应每两周冲洗一次。积在滤网上的灰尘会降低风量并增加能耗。",
+    ),
+}
 
 
 def provenance(method: str, model: str) -> dict[str, Any]:
