@@ -17,6 +17,7 @@ from operators.config import SettingsError, parse
 from operators.ledger import Ledger
 from operators.stage import StageContext
 from operators.synthesis import length_bias
+from operators.synthesis.packaged import model_revision
 from operators.synthesis.preferences import PAIRS, PairingSettings, PreferenceSettings, choose, preference_flow
 from operators.synthesis.requests import Reject, Reply, Request
 from operators.synthesis.rows import Account, table_of
@@ -452,3 +453,52 @@ def test_the_judge_may_be_another_model_and_both_share_the_cap(bench: Bench) -> 
     assert any("helpful" in reply for reply in row["replies"])
     capped = run("capped", max_generated_tokens=950)
     assert capped.ledger.rejected["preferences:token_cap"] > 0 and capped.stats["completion_tokens"] <= 950
+
+
+# --- models of the run
+
+
+def trained(bench: Bench, name: str, text: str) -> Path:
+    """A finished stage with a model of its own, as a training stage leaves it (nothing here reads the weights)."""
+    directory = bench.run / name / "f0"
+    model = directory / "model"
+    model.mkdir(parents=True)
+    (model / "config.json").write_text("{}")
+    (model / "model.safetensors").write_text(text)
+    (model / "chat_template.jinja").write_text("{{ messages }}")
+    shards.finish(
+        str(directory), stage=name, kind="sft", fingerprint="f0", config={}, inputs={}, files={"model": "model"}, ledger=Ledger()
+    )
+    bench.directories[name] = str(directory)
+    return model
+
+
+def test_on_policy_pairs_come_from_the_model_of_a_stage_and_are_named_by_its_weights(bench: Bench) -> None:
+    write_rows(bench, conversations(6))
+    model, judge = trained(bench, "chat", "weights of chat"), trained(bench, "critic", "weights of critic")
+    values = {
+        "input": "tasks", "generator": {"model": "@chat"}, "scorer": "judge", "framed": False, "min_margin": 0.1,
+        "judge": {"generator": {"model": "@critic"}},
+    }  # fmt: skip
+    stage = parse(PreferencesStage, {"kind": "preferences", **values}, "stages.pairs")
+    assert stage.input_names() == ["tasks", "chat", "critic"] and stage.model_stages() == ["chat", "critic"]
+    assert not stage.files(), "the models are inputs: their fingerprints are in this stage's"
+    recording = Recording(longwinded)
+    bench.stage(PreferencesStage, "preferences", values, recording)
+    sampling = json.loads(bench.rows("preferences")[0]["provenance"]["sampling"])
+    revisions = {path: model_revision(str(path), str(bench.run.parent / ".cache")) for path in (model, judge)}
+    assert bench.rows("preferences")[0]["provenance"]["generator"] == "@chat"
+    assert bench.rows("preferences")[0]["provenance"]["revision"] == revisions[model]
+    assert sampling["judge"]["model"] == "@critic" and sampling["judge"]["revision"] == revisions[judge]
+    assert all(r.messages == (("user", last(r)),) for r in recording.asked if not r.model), "asked as it will be trained"
+    bench.forget("preferences")
+    (model / "model.safetensors").write_text("weights of chat after another step")
+    again = Recording(longwinded)
+    bench.stage(PreferencesStage, "preferences", values, again)
+    assert any(not r.model for r in again.asked), "another model is asked anew"
+
+
+def test_a_stage_that_made_no_model_cannot_generate(bench: Bench) -> None:
+    write_rows(bench, conversations(2))
+    with pytest.raises(SettingsError, match="makes no model"):
+        bench.stage(PreferencesStage, "preferences", {"input": "tasks", "generator": {"model": "@tasks"}}, Recording(longwinded))
