@@ -20,7 +20,8 @@ from operators.synthesis.requests import Reject
 _HAN = re.compile("[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]")
 _ASCII_LETTER = re.compile("[A-Za-z]")
 _MARKERS = re.compile(
-    r"^\s*(?:#+\s*)?(?:task|input|output|label|example \d+|任务|输入|输出|标签|例子 ?\d+)\s*[:：]", re.IGNORECASE | re.MULTILINE
+    r"^[ \t]*(?:#+[ \t]*)?(?:task|input|output|label|example \d+|任务|输入|输出|标签|例子 ?\d+)[ \t]*[:：]",
+    re.IGNORECASE | re.MULTILINE,
 )
 _STOP_WORDS = frozenset(
     re.findall(

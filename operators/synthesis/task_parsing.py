@@ -11,18 +11,14 @@ from operators.synthesis.requests import Reject, Reply
 
 _ITEM = re.compile(r"^[ \t]*(?:(?:\d{1,3}[.)、．:：](?!\d)|Task \d+[.:]|任务 ?\d+[.:：])[ \t]*)+", re.MULTILINE)
 _YES, _NO = re.compile(r"\s*(?:yes|是的?(?!否)|对)", re.IGNORECASE), re.compile(r"\s*(?:no|否|不是|不)", re.IGNORECASE)
-_LABEL = re.compile(r"^\s*(?P<label>.*?)\s*\n\s*(?:Input|输入)\s*[:：]\s*(?P<input>.*)\Z", re.DOTALL | re.IGNORECASE)
-_NEXT_LABEL = re.compile(r"^\s*(?:\d+[.)、]\s*)?(?:Class )?(?:Label|标签)\s*[:：]", re.MULTILINE | re.IGNORECASE)
-_EXAMPLE = re.compile(r"^\s*(?:Example|例子) ?\d+\s*[:：.]?\s*$", re.MULTILINE | re.IGNORECASE)
-_FIELDS = re.compile(
-    r"^\s*(?:(?:Input|输入)\s*[:：])?(?P<input>.*?)\n\s*(?:Output|输出)\s*[:：]\s*(?P<output>.*)\Z", re.DOTALL | re.IGNORECASE
-)
-_AFTER_INPUT = re.compile(r"\n\s*(?:Output|Task|Answer|输出|任务|答案|回答)\s*[:：]", re.IGNORECASE)
-_ALPACA = re.compile(
-    r"^\s*(?:\d+[.、]\s*)?(?:Instruction|指令)\s*[:：]\s*(?P<instruction>.*?)\n\s*(?:\d+[.、]\s*)?(?:Input|输入)\s*[:：]\s*(?P<input>.*?)"
-    r"\n\s*(?:\d+[.、]\s*)?(?:Output|输出)\s*[:：]\s*(?P<output>.*)\Z",
-    re.DOTALL | re.IGNORECASE,
-)  # fmt: skip
+_NEXT_LABEL = re.compile(r"^[ \t]*(?:\d+[.)、][ \t]*)?(?:Class )?(?:Label|标签)[ \t]*[:：]", re.MULTILINE | re.IGNORECASE)
+_EXAMPLE = re.compile(r"^[ \t]*(?:Example|例子) ?\d+[ \t]*[:：.]?[ \t]*$", re.MULTILINE | re.IGNORECASE)
+_AFTER_INPUT = re.compile(r"\n[ \t]*(?:Output|Task|Answer|输出|任务|答案|回答)[ \t]*[:：]", re.IGNORECASE)
+# Names of fields at the beginning of a line. They are looked for one after the other, so that a reply of any length and
+# shape is read in one pass.
+_INSTRUCTION = re.compile(r"(?:\d+[.、][ \t]*)?(?:Instruction|指令)[ \t]*[:：]", re.IGNORECASE)
+_INPUT = re.compile(r"^[ \t]*(?:\d+[.、][ \t]*)?(?:Input|输入)[ \t]*[:：]", re.MULTILINE | re.IGNORECASE)
+_OUTPUT = re.compile(r"^[ \t]*(?:\d+[.、][ \t]*)?(?:Output|输出)[ \t]*[:：]", re.MULTILINE | re.IGNORECASE)
 _FIELD_NAME = re.compile(
     r"^\s*(?:Input|Output|Label|New prompt|Example \d+|输入|输出|标签|新的提示|例子 ?\d+)\s*[:：]?\s*", re.IGNORECASE
 )
@@ -63,15 +59,23 @@ def parse_alpaca(reply: Reply, first: str, drop_reply: bool = False) -> list[tup
     if not reply.text.strip() or not blocks:
         return Reject("malformed", detail=reply.text)
     for number, block in enumerate(blocks):
-        match = _ALPACA.match(block)
+        fields = _task(block)
         if reply.truncated and number == len(blocks) - 1:
             found.append(Reject("truncated", detail=block))
-        elif match is None:
-            found.append(Reject("malformed", detail=block))
         else:
-            given = match["input"].strip()
-            found.append((match["instruction"].strip(), "" if heuristics.no_input(given) else given, match["output"].strip()))
+            found.append(fields or Reject("malformed", detail=block))
     return found
+
+
+def _task(block: str) -> tuple[str, str, str] | None:
+    """(instruction, input, output) of one block, None when a field is missing."""
+    head = _INSTRUCTION.match(block)
+    given = _INPUT.search(block, head.end()) if head else None
+    output = _OUTPUT.search(block, given.end()) if given else None
+    if head is None or given is None or output is None:
+        return None
+    text = block[given.end() : output.start()].strip()
+    return block[head.end() : given.start()].strip(), "" if heuristics.no_input(text) else text, block[output.end() :].strip()
 
 
 def parse_classification(reply: Reply) -> bool | None:
@@ -94,10 +98,13 @@ def parse_labelled(reply: Reply, most: int = 1, drop_reply: bool = False) -> lis
     blocks = [block for block in _NEXT_LABEL.split(reply.text) if block.strip()]
     if reply.truncated:
         blocks = [] if drop_reply else blocks[:-1]
-    matches = [match for block in blocks[:most] if (match := _LABEL.match(block)) is not None]
-    if not matches:
-        return Reject("truncated" if reply.truncated else "malformed")
-    return [(match["input"].strip(), match["label"].strip()) for match in matches]
+    found = []
+    for block in blocks[:most]:
+        label, _, rest = block.strip().partition("\n")
+        given = _INPUT.match(rest.lstrip())
+        if given is not None:
+            found.append((rest.lstrip()[given.end() :].strip(), label.strip()))
+    return found or Reject("truncated" if reply.truncated else "malformed")
 
 
 def parse_forms(reply: Reply, most: int, drop_reply: bool = False) -> list[tuple[str, str]] | Reject:
@@ -107,8 +114,10 @@ def parse_forms(reply: Reply, most: int, drop_reply: bool = False) -> list[tuple
         blocks = [] if drop_reply else blocks[:-1]
     found = []
     for block in blocks[:most]:
-        match = _FIELDS.match(block)
-        if match is not None:
-            given = match["input"].strip()
-            found.append(("" if heuristics.no_input(given) else given, match["output"].strip()))
+        output = _OUTPUT.search(block)
+        if output is not None:
+            before = block[: output.start()].strip()
+            head = _INPUT.match(before)
+            given = before[head.end() :].strip() if head else before
+            found.append(("" if heuristics.no_input(given) else given, block[output.end() :].strip()))
     return found or Reject("truncated" if reply.truncated else "malformed")

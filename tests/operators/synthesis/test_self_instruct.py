@@ -314,6 +314,23 @@ def test_steps_are_parsed_in_both_languages() -> None:
 
 
 @pytest.mark.parametrize(
+    "piece", ["\n", " ", "Input:\n", "输入：\n", "Output:\n", "Label: a\n", "###\n", "5. \n", "\x00", "a ", "字"]
+)
+def test_a_reply_of_a_hundred_thousand_tokens_of_any_kind_is_read_or_rejected(piece: str) -> None:
+    """A pattern that goes back and forth would take hours over these."""
+    reply = said(piece * (400_000 // len(piece)))
+    for drawn in (reply, said(reply.text, "length")):
+        parse_instructions(drawn)
+        parse_alpaca(drawn, "Instruction:")
+        parse_alpaca(drawn, "Instruction: x\nInput: y\n")
+        parse_forms(drawn, 5)
+        parse_labelled(drawn, 5)
+        parse_input(drawn)
+    assert check_instance("Do it.", "", reply.text, "en") is not None or piece in ("###\n", "5. \n", "\x00", "Label: a\n")
+    assert check_instruction(reply.text, "en", RULES) is not None
+
+
+@pytest.mark.parametrize(
     ("text", "lang", "reason"),
     [
         ("Write a poem about the sea.", "en", None),
