@@ -141,6 +141,7 @@ def _functions() -> dict[str, Any]:
         "numeric_order": corpus.numeric_order,
         "ordered": lambda counts: [(key, counts[key]) for key in corpus.numeric_order(counts)],
         "measured": measured,
+        "length_facts": length_facts,
         "cluster_bins": cluster_bins,
         "duplicate_examples": duplicate_examples,
         "measure_title": training.measure_title,
@@ -191,6 +192,16 @@ def _bar(value: figures.Number, total: figures.Number, style: str) -> Markup:
 
 
 _SHOWN_APART = frozenset({"usage", "rounds", "novelty", "operations", "languages", "margins", "sources", "examples", "mixture"})
+
+
+def length_facts(stage: StageView) -> list[tuple[Markup, str]]:
+    """What a preference stage measured of lengths, and how far its judge agrees with itself: (name, value)."""
+    found = stage.counts("length_bias", "all")
+    names = ("correlation", "chosen_longer", "chosen_shorter", "length_ratio")
+    facts = [(excerpts.translated(f"preferences.{name}"), figures.number(found[name])) for name in names if name in found]
+    if "judge_consistency" in stage.stats:
+        facts.append((excerpts.translated("preferences.consistency"), figures.percent(stage.count("judge_consistency"), 1)))
+    return facts
 
 
 def measured(stage: StageView) -> list[tuple[str, dict[str, figures.Number], bool]]:

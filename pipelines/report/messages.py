@@ -288,6 +288,11 @@ MESSAGES: dict[str, tuple[str, str]] = {
     # preferences
     "preferences.pairs": ("Pairs", "偏好对"),
     "preferences.margins": ("Margin between the two scores", "两个得分之差"),
+    "preferences.correlation": ("Correlation of score and length", "得分与长度的相关系数"),
+    "preferences.chosen_longer": ("Share with the longer reply chosen", "选用较长回复的比例"),
+    "preferences.chosen_shorter": ("Share with the shorter reply chosen", "选用较短回复的比例"),
+    "preferences.length_ratio": ("Length of chosen over rejected", "选用与落选的长度比"),
+    "preferences.consistency": ("Judge agrees with itself", "评判一致率"),
     "preferences.chosen": ("chosen", "选用"),
     "preferences.rejected": ("rejected", "落选"),
     "preferences.margin": ("margin {value}", "差值 {value}"),
