@@ -39,7 +39,7 @@ class RepeatSettings(Settings):
         lt=1,
         description="similarity from which a row repeats another; default .7 (ROUGE-L, MinHash), .93 (cosine)",
     )
-    words: int = Field(default=2, ge=1, description="minhash: words in a shingle; a shorter text repeats nothing but its copies")
+    words: int = Field(default=2, ge=1, description="minhash: words in a shingle; a shorter text repeats nothing")
     characters: int = Field(default=3, ge=1, description="minhash: characters in a shingle of Chinese")
     model: str | None = Field(default=None, description="embeddings: directory of the embedding model (safetensors), or `@stage`")
     device: Literal["cpu", "cuda"] = Field(default="cpu", description="embeddings: where the model runs")
@@ -90,7 +90,7 @@ class _Repeats(SetOperator):
             "words": self.config.words,
             "characters": self.config.characters,
         }
-        return DedupOptions.model_validate({**values, "exact_on": "normalised", "digits": "keep", "verify": True})
+        return DedupOptions.model_validate({**values, "exact": False, "digits": "keep", "verify": True})
 
     def semantic_options(self, column: str) -> SemanticOptions | None:
         """The options of the `semantic_dedup` machinery, when it is to be used."""
@@ -122,7 +122,7 @@ class _Repeats(SetOperator):
 
 
 class NearRepeats(_Repeats):
-    """Drop rows whose question nearly repeats that of an earlier row (`near_repeat`; copies by MinHash: `duplicate`).
+    """Drop rows whose question nearly repeats that of an earlier row (`near_repeat`).
 
     The value is the similarity, the detail the id of the row that stays.
     """
@@ -138,7 +138,7 @@ class NearRepeats(_Repeats):
 
 
 class ReplyRepeats(_Repeats):
-    """Drop rows whose replies nearly repeat those of an earlier row (`near_repeat`; copies by MinHash: `duplicate`).
+    """Drop rows whose replies nearly repeat those of an earlier row (`near_repeat`).
 
     Replies below `min_characters` are left alone: short answers are alike without being repeats.
     """

@@ -33,7 +33,7 @@ from operators.supervise import Limits
 from operators.synthesis.curate.repeats import NearRepeats, ReplyRepeats
 from operators.synthesis.curate.set_operator import Keys, SetOperator
 from operators.synthesis.curate.turns import Turns, whole_text
-from operators.synthesis.curate.units import Entry, input_schema, key_column, split_entries
+from operators.synthesis.curate.units import KEY_COLUMN, Entry, input_schema, key_column, split_entries
 from operators.tokens.window import spans
 
 UNIT_ROWS = 4096
@@ -71,7 +71,7 @@ def run_curate(
         seconds[name] = round(time.monotonic() - begun, 3)
         previous = directory
     begun = time.monotonic()
-    plan = WritePlan(context.directory, shards.parts([previous]), target, tuple(views), tuple(schema.names))
+    plan = WritePlan(context.directory, shards.parts([previous]), target, tuple(views))
     units = sorted(shards.committed_units(target))
     run_phases(context, plan, [Phase("write", write_unit, len(units))])
     seconds["write"] = round(time.monotonic() - begun, 3)
@@ -118,7 +118,8 @@ def _run_set(context: StageContext, place: int, entry: Entry, limits: Limits) ->
             run_dedup(context, options, list(context.inputs))
             return
         if (semantic := operator.semantic_options(column)) is not None:
-            run_semantic(context, semantic, list(context.inputs.values()), limits)
+            located = semantic.model_copy(update={"model": context.path(semantic.model)})
+            run_semantic(context, located, list(context.inputs.values()), limits)
             return
     plan = SetPlan(context.directory, shards.parts(list(context.inputs.values())), json.dumps(entry), place, context.seed)
     run_phases(context, plan, [Phase("resolve", resolve_set, 1)])
@@ -185,7 +186,6 @@ class WritePlan:
     parts: list[shards.Part]
     rows: str
     views: tuple[tuple[int, str, str], ...]
-    columns: tuple[str, ...]
 
 
 def write_unit(plan: WritePlan, number: int) -> None:
@@ -217,7 +217,7 @@ def write_unit(plan: WritePlan, number: int) -> None:
         everything = pa.concat_tables(told).sort_by("ordinal") if told else None
         for index in numbers:
             part = plan.parts[index]
-            for _, batch in shards.read(part, list(plan.columns)):
+            for _, batch in shards.read(part, _own_columns(part)):
                 writer.write(pa.Table.from_batches([batch]).replace_schema_metadata(None))
             if everything is not None:
                 _write_rejects(writer, part, everything)
@@ -226,6 +226,12 @@ def write_unit(plan: WritePlan, number: int) -> None:
         writer.abandon()
         raise
     exchange.commit(plan.directory, "write", number, {})
+
+
+def _own_columns(part: shards.Part) -> list[str]:
+    """The columns of the rows, without the keys of set operators."""
+    with storage.open_input(part.path) as stream:
+        return [name for name in pq.read_schema(stream).names if not KEY_COLUMN.match(name)]
 
 
 def _removed(directory: str, numbers: Sequence[int], name: str) -> pa.Table:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -28,6 +29,7 @@ from operators.tokens.window import Span, read_span
 
 TEXT = "text"
 Entry = str | dict[str, Any]
+KEY_COLUMN = re.compile(r"\d\d\.")
 
 
 def key_column(place: int, key: str) -> str:

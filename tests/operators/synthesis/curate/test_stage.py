@@ -122,11 +122,11 @@ def test_repeats_by_minhash_name_the_row_that_stays(tmp_path: Path) -> None:
     assert [item["id"] for item in kept(tmp_path)] == ["a", "d", "e"]
     gone = {item["id"]: item for item in rejects(tmp_path)}
     assert {name: (item["reason"], item["detail"]) for name, item in gone.items()} == {
-        "b": ("duplicate", "a"), "c": ("near_repeat", "a"), "f": ("near_repeat", "e"),
+        "b": ("near_repeat", "a"), "c": ("near_repeat", "a"), "f": ("near_repeat", "e"),
     }  # fmt: skip
     assert gone["b"]["value"] == 1
     assert 0.6 <= gone["c"]["value"] < 1
-    assert dict(made.ledger.rejected) == {"near_repeats:duplicate": 1, "near_repeats:near_repeat": 2}
+    assert dict(made.ledger.rejected) == {"near_repeats:near_repeat": 3}
 
 
 def test_a_unit_is_done_in_one_process_and_a_probe_writes_nothing(tmp_path: Path) -> None:
@@ -189,6 +189,18 @@ def test_a_killed_stage_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest
     curate(tmp_path, given, [*LOCAL, *WHOLE], name="straight")
     assert made.parts == shards.load_manifest(str(tmp_path / "runs" / "test" / "straight" / "f0")).parts
     assert made.rejects == shards.load_manifest(str(tmp_path / "runs" / "test" / "straight" / "f0")).rejects
+
+
+def test_columns_that_operators_add_stay_and_keys_go(tmp_path: Path) -> None:
+    source = write_input(tmp_path, "in", rows()[:3])
+    part = shards.parts([source])[0]
+    table = pa.table({"id": ["x"], "ifd": [0.5], "03.prompt": [1], "11.text": ["t"]})
+    writer = shards.UnitWriter(str(tmp_path / "work"), 0)
+    writer.write(table)
+    made = writer.commit(Ledger(rows_in=1, kept=1))
+    written = shards.Part(str(tmp_path / "work" / made["parts"][0]["name"]), 1, 0)
+    assert run._own_columns(written) == ["id", "ifd"]
+    assert run._own_columns(part) == INSTRUCTIONS.names
 
 
 def test_inputs_with_other_columns_go_together(tmp_path: Path) -> None:
