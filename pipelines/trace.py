@@ -24,7 +24,7 @@ class Event:
     """One thing that happened to the row in one stage."""
 
     stage: str
-    what: str  # kept, rejected, quarantined, removed, cut, packed, trained, parent
+    what: str  # kept, made, rejected, quarantined, removed, cut, packed, trained, parent
     detail: str
 
 
@@ -49,6 +49,7 @@ def trace(run_directory: str, row_id: str) -> list[Event]:
             events += _trained(name, directory, manifest, row_id, {s for i in entry["inputs"] for s in sequences.get(i, [])})
         else:
             events += _kept(name, directory, manifest, row_id)
+        events += _made_from(name, directory, manifest, row_id)
         events += _rejected(name, directory, manifest, row_id)
         events += _removed(name, directory, manifest, row_id)
         events += _cut(name, directory, manifest, row_id)
@@ -86,6 +87,23 @@ def _kept(name: str, directory: str, manifest: shards.Manifest, row_id: str) -> 
                 shown += f" by {origin['operation']} from {', '.join(origin['parents'][:8])}"
             events.append(Event(name, "kept", f"{part['name']} row {row} {shown}".rstrip()))
     return events
+
+
+def _made_from(name: str, directory: str, manifest: shards.Manifest, row_id: str) -> list[Event]:
+    """Rows of the stage that were made from the row: from a document, with the characters that prove them."""
+    made: list[str] = []
+    rows = 0
+    for part in manifest.parts:
+        for _, values in _matches(
+            storage.join(directory, part["name"]), ["id", "source_id", "span_start", "span_end"], "source_id", row_id
+        ):
+            rows += 1
+            if len(made) < 8:
+                made.append(f"{values['id']} (characters {values['span_start']}..{values['span_end'] - 1})")
+    if not rows:
+        return []
+    more = f" and {rows - len(made)} more" if rows > len(made) else ""
+    return [Event(name, "made", f"{rows} rows from it: {', '.join(made)}{more}")]
 
 
 def _rejected(name: str, directory: str, manifest: shards.Manifest, row_id: str) -> list[Event]:

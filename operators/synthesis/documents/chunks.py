@@ -89,16 +89,16 @@ def chunk(text: str, counts: np.ndarray, settings: ChunkSettings) -> tuple[list[
     short = 0
     previous = 0
     for body in bodies:
+        if not text[body.start : body.end].strip():
+            continue
         start = body.start
         if body.continues and settings.overlap_tokens:
             room = min(settings.overlap_tokens, settings.max_tokens - cost(body.start, body.end))
             start = _overlap(text, previous, body.start, cost, room)
-        previous = body.start
         stretch = text[start : body.end]
         first = start + len(stretch) - len(stretch.lstrip())
         last = body.end - (len(stretch) - len(stretch.rstrip()))
-        if first >= last:
-            continue
+        previous = first
         tokens = cost(first, last)
         if tokens < settings.min_tokens:
             short += 1
@@ -329,16 +329,18 @@ def _packed(text: str, blocks: list[_Block], cost: _Cost, settings: ChunkSetting
             opens = block.kind == "heading" and held[-1][0].kind != "heading" and size >= room // 2
             if full or opens:
                 moved = []
-                while full and len(held) > 1 and _leads(text, held[-1][0]) and cost(held[-1][0].start, block.end) <= room:
+                while full and len(held) > 1 and _leads(text, last := held[-1][0]):
+                    if cost(last.start, block.end) > room or cost(last.start, block.start) > room // 4:
+                        break
                     moved.append(held.pop())
                 close()
                 held += reversed(moved)
         held.append((block, titles))
     close()
     if len(bodies) > 1:
-        last, before = bodies[-1], bodies[-2]
-        if cost(last.start, last.end) < settings.min_tokens and cost(before.start, last.end) <= room:
-            bodies[-2:] = [_Body(before.start, last.end, before.headings, before.continues)]
+        tail, before = bodies[-1], bodies[-2]
+        if cost(tail.start, tail.end) < settings.min_tokens and cost(before.start, tail.end) <= room:
+            bodies[-2:] = [_Body(before.start, tail.end, before.headings, before.continues)]
     return bodies
 
 
@@ -348,8 +350,8 @@ def _leads(text: str, block: _Block) -> bool:
 
 
 def _overlap(text: str, earliest: int, start: int, cost: _Cost, room: int) -> int:
-    """Where a chunk begins when up to `room` tokens of what stands before `start` are repeated in it."""
-    low = max(earliest, cost.back(start, room))
+    """Where a chunk begins when up to `room` tokens of what stands before `start`, and after `earliest`, are repeated in it."""
+    low = max(earliest + 1, cost.back(start, room))
     if low >= start:
         return start
     from_line = max(earliest, text.rfind("\n", earliest, low) + 1, low - 400)
@@ -358,4 +360,6 @@ def _overlap(text: str, earliest: int, start: int, cost: _Cost, room: int) -> in
         if ends:
             return ends[0]
     space = text.find(" ", low, start)
-    return space + 1 if space >= 0 else low
+    if space >= 0:
+        return space + 1
+    return low if low > earliest + 1 else start

@@ -69,7 +69,8 @@ def render(scene: Scene, passage: Passage, settings: DocumentSettings, seed: int
         persona=scene.persona,
         difficulty=wording.DIFFICULTY[settings.difficulty][lang],
         clarifying=(wording.CLARIFYING if scene.clarifying else wording.NOT_CLARIFYING)[lang],
-        form=wording.DIALOGUE_FORM[settings.structured][lang],
+        form=wording.FORMS["dialogue"][settings.structured][lang],
+        example=wording.EXAMPLES["dialogue"][settings.structured][lang],
     )
     schema = schema_of(turns) if settings.structured else None
     where = request_seed(seed, "doc_dialogue", passage.id, scene.number, attempt)
@@ -92,7 +93,7 @@ def schema_of(turns: int) -> str:
 def parse(reply: Reply) -> list[Turn] | Reject:
     """The turns of a reply. Messages that do not alternate, beginning with the user, are `not_alternating`."""
     found = unpacked(objects(reply.text), "turns")
-    if found and not any("role" in item or "from" in item for item in found):
+    if found and not any(item.keys() & {"role", "from", "messages", "conversations"} for item in found):
         names = (wording.USER, wording.ASSISTANT, wording.EVIDENCE)
         turns = [
             Turn(*(field(item, *(word.casefold() for word in (name, *wording.LABELS[name]))) for name in names)) for item in found

@@ -25,7 +25,8 @@ def messages(passage: Passage, settings: DocumentSettings) -> Messages:
         domain=passage.domain(settings),
         document=passage.quoted,
         count=str(settings.key_points),
-        form=wording.KEY_POINTS_FORM[settings.structured][passage.lang],
+        form=wording.FORMS["key_points"][settings.structured][passage.lang],
+        example=wording.EXAMPLES["key_points"][settings.structured][passage.lang],
     )
 
 

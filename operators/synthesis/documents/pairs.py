@@ -80,7 +80,8 @@ def render(asked: Asked, passage: Passage, settings: DocumentSettings, seed: int
         count=str(len(asked.types)),
         difficulty=wording.DIFFICULTY[settings.difficulty][lang],
         types=wording.numbered([wording.QUESTION_TYPES[name][lang] for name in asked.types]),
-        form=wording.PAIRS_FORM[settings.structured][lang],
+        form=wording.FORMS["pairs"][settings.structured][lang],
+        example=wording.EXAMPLES["pairs"][settings.structured][lang],
     )
     schema = schema_of(len(asked.types)) if settings.structured else None
     return Request(messages, settings.sampling, request_seed(seed, "doc_pairs", passage.id, asked.number, attempt), attempt, schema)
@@ -179,8 +180,11 @@ def ground(question: str, answer: str, evidence: str, passage: Passage, settings
     """Where the evidence stands in the chunk, in characters of the chunk, or why the answer is not grounded in it."""
     rules = settings.grounding
     span = locate(evidence, passage.text)
-    if span.score < rules.min_evidence or len(tokenize(passage.text[span.start : span.end])) < rules.min_evidence_tokens:
+    if span.score < rules.min_evidence:
         return Reject("not_grounded", span.score, evidence)
+    length = len(tokenize(passage.text[span.start : span.end]))
+    if length < rules.min_evidence_tokens:
+        return Reject("evidence_too_short", length, evidence)
     texts = (passage.text, *passage.headings)
     if rules.numbers and (number := unsupported_number(answer, question, *texts)):
         return Reject("unsupported_number", detail=number)

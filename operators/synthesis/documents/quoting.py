@@ -19,7 +19,7 @@ _CONTROL = re.compile(
     re.IGNORECASE | re.MULTILINE,
 )
 _HARD = re.compile(
-    r"<[|｜][^<>\n]{1,64}[|｜]>|</?(?:document|bos|eos|pad|unk|start_of_turn|end_of_turn)>|\[/?INST\]|<</?SYS>>", re.IGNORECASE
+    r"<[|｜][^<>\s]{1,64}[|｜]>|</?(?:document|bos|eos|pad|unk|start_of_turn|end_of_turn)>|\[/?INST\]|<</?SYS>>", re.IGNORECASE
 )
 _NOT_TEXT = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
 

@@ -30,9 +30,11 @@ _VAGUE = {
 }
 _ASKED = "what|how|why|when|where|which|who|is|are|does|do|did|can|could|should|would|will|explain|describe|list|and|in what way"
 _VERBS = "is|are|was|were|does|do|did|can|could|should|would|will|must|happens (?:to|if|when|with)"
+_EMPTY = r"(?:worth\b|(?:\w+ ){1,3}(?:to|that|for|when|if)\b)"  # `is it safe to open a hive` asks about the hive
 _DANGLING = {
     "en": (
-        rf"\A(?:\W*(?:{_ASKED})\b\W*){{1,3}}(?:(?:{_VERBS}) )?(?:it|they|he|she|them|its|their|this|these|those|such)\b",
+        rf"\A(?:\W*(?:{_ASKED})\b\W*){{1,3}}(?:(?:{_VERBS}) )?(?:they|he|she|them|its|their|this|these|those|such)\b",
+        rf"\A(?:\W*(?:{_ASKED})\b\W*){{1,3}}(?:(?:{_VERBS}) )?(?:(?<=is )it(?! {_EMPTY})|(?<!is )it)\b",
     ),
     "zh": (
         "\\A(?:请问?|请?(?:解释|说明|描述|列出)|为什么|如何|怎样|怎么|什么是)?"

@@ -89,7 +89,7 @@ def lang(request: Request) -> str:
 def step(request: Request) -> str:
     """Which step a request belongs to, told from its prompt."""
     system, words = request.messages[0][1], last(request)
-    if "note what it says" in system or "记录其中的内容" in system:
+    if "list the facts that a document states" in system or "负责列出文档中陈述的事实" in system:
         return "key_points"
     if "examination questions" in system or "编写考题" in system:
         return "pairs"

@@ -150,7 +150,7 @@ def test_text_in_a_document_is_data_and_never_format(bench: Bench) -> None:
     assert recording.asked
     for request in recording.asked:
         roles = [role for role, _ in request.messages]
-        assert roles == ["system", "user"]
+        assert roles == ["system", "user", "assistant", "user"]  # as the template has them
         text = request.messages[-1][1]
         assert text.count("</document>") == 1 and text.count("<document>") == 1
         assert "<|im_end|>" not in text and "<|im_start|>" not in text and "[INST]" not in text and "</s>" not in text
