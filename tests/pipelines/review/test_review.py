@@ -53,8 +53,9 @@ def judged(path: Path, rows: list[dict[str, Any]], said: Any, reviewer: str = "L
 def test_a_sample_is_stratified_and_the_same_again_whatever_the_parts(tmp_path: Path, run: Path) -> None:
     drawn = sample.draw(str(run / "chat" / "f00d"), 60)
     assert {stratum.values: (stratum.rows, stratum.drawn) for stratum in drawn.strata} == {
-        ("teacher-7b", "documents:dialogue"): (40, 10), ("teacher-7b", "documents:pairs"): (360, 50),
-    } or sum(stratum.drawn for stratum in drawn.strata) == 60  # fmt: skip
+        ("teacher-7b", "documents:dialogue"): (40, 9),
+        ("teacher-7b", "documents:pairs"): (360, 51),
+    }
     assert all(stratum.drawn >= 5 for stratum in drawn.strata)
     other = write_stage(tmp_path / "other", "chat", [conversation(number) for number in range(400)], DOCUMENTED, 33)
     assert sample.draw(other, 60).items == drawn.items
