@@ -219,6 +219,7 @@ MESSAGES: dict[str, tuple[str, str]] = {
     "unit.bytes": ("bytes", "字节数"),
     "unit.characters": ("characters", "字符数"),
     "unit.tokens": ("tokens", "词元数"),
+    "unit.estimated_tokens": ("estimated tokens", "估计词元数"),
     "duplicates.compared": ("Compared", "比对"),
     "duplicates.exact": ("Exact duplicates", "完全重复"),
     "duplicates.near": ("Near duplicates", "近似重复"),
