@@ -35,6 +35,7 @@ _DANGLING = {
     "en": (
         rf"\A(?:\W*(?:{_ASKED})\b\W*){{1,3}}(?:(?:{_VERBS}) )?(?:they|he|she|them|its|their|this|these|those|such)\b",
         rf"\A(?:\W*(?:{_ASKED})\b\W*){{1,3}}(?:(?:{_VERBS}) )?(?:(?<=is )it(?! {_EMPTY})|(?<!is )it)\b",
+        r"\b(?:of|about|behind|for) (?:this|these|that)\W*\Z",
     ),
     "zh": (
         "\\A(?:请问?|请?(?:解释|说明|描述|列出)|为什么|如何|怎样|怎么|什么是)?"

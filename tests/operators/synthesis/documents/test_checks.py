@@ -119,6 +119,8 @@ def test_support_counts_words_that_the_document_has() -> None:
         ("作者认为应当怎样检查蜂箱？", "zh", "vague_reference"),
         ("它在什么时候需要检查？", "zh", "vague_reference"),
         ("这种方法为什么有效果？", "zh", "vague_reference"),
+        ("What is the most likely cause behind this?", "en", "vague_reference"),
+        ("Why is it worth feeding bees in autumn?", "en", None),
         ("When should a hive be fed with sugar syrup?", "en", None),
         ("What is the text field of a form used for?", "en", None),
         ("Why is it dangerous to open a hive on cold days?", "en", None),

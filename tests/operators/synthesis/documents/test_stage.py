@@ -244,6 +244,17 @@ def test_dialogues_alternate_refer_back_and_are_grounded_turn_by_turn(bench: Ben
         assert row["span_start"] == min(item["start"] for item in row["evidence"])
 
 
+def test_trace_of_a_document_tells_what_was_made_from_it(bench: Bench) -> None:
+    from pipelines.trace import trace
+
+    make(bench, Recording(play))
+    relative = {name: str(Path(path).relative_to(bench.run)) for name, path in bench.directories.items()}
+    stages = {name: {"status": "done", "directory": place, "inputs": []} for name, place in relative.items()}
+    (bench.run / "run.json").write_text(json.dumps({"order": list(stages), "stages": stages}))
+    made = [event for event in trace(str(bench.run), "en") if event.what == "made"]
+    assert len(made) == 1 and made[0].stage == "document_instruct" and made[0].detail.startswith("3 rows from it: ")
+
+
 def test_an_input_without_text_says_so(bench: Bench) -> None:
     put(bench, [{"id": "a", "lang": "en"}], pa.schema([("id", pa.string()), ("lang", pa.string())]))
     with pytest.raises(SettingsError, match="no column `text`"):
