@@ -75,7 +75,8 @@ class Side:
         self._child.stdin.write(json.dumps(task) + "\n")
         self._child.stdin.flush()
         answer = self._line(_TURN_S)
-        answer["cpu_s"] = self._cpu_s() - before
+        after = self._cpu_s()
+        answer["cpu_s"] = sum(seconds - before.get(pid, 0.0) for pid, seconds in after.items())
         self._pause()
         return answer
 
@@ -89,8 +90,9 @@ class Side:
         for process in self._tree():
             process.suspend()
 
-    def _cpu_s(self) -> float:
-        return sum(sum(process.cpu_times()[:2]) for process in self._tree())
+    def _cpu_s(self) -> dict[int, float]:
+        """CPU seconds of each process that is there; one that ends during a turn is not counted."""
+        return {process.pid: sum(process.cpu_times()[:2]) for process in self._tree()}
 
     def _line(self, timeout_s: float) -> dict[str, Any]:
         assert self._child.stdout is not None
