@@ -75,7 +75,7 @@ def test_every_row_is_accounted_for_and_the_same_with_any_workers(tmp_path: Path
     told = {item["id"]: item for item in gone}
     assert told["c2"]["detail"] == "c1"
     assert told["c2"]["text"] == "Is glass a liquid?\n\nYes."
-    assert told["z2"]["detail"].startswith("作为一个人工智能语言模型")
+    assert told["z2"]["detail"].startswith("作为一个人工智能")
     refused = [name for name in why if name.startswith("r")]
     assert {why[name] for name in refused} == {"refusal_share:refusal"}
     assert (12 - len(refused)) / len([item for item in rows() if item["id"] not in why]) <= 0.11
