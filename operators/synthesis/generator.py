@@ -96,6 +96,7 @@ class Generator:
     cancelled: threading.Event = field(default_factory=threading.Event)
     progress: Callable[[int, int], None] = lambda done, total: None
     keep_replies: bool = False
+    max_model_len: int | None = None  # the longest prompt and reply that the engine takes now, where that is known
     usage: Usage = field(default_factory=Usage)
     capped: bool = False  # the cap has left something unasked
     drawn: Usage = field(default_factory=Usage)  # replies that did not come from the cache: what this process paid for
@@ -108,6 +109,16 @@ class Generator:
         """No tokens are left under the cap, or too few for what was asked last."""
         cap = self.max_completion_tokens
         return self.capped or (cap is not None and self.usage.completion_tokens >= cap)
+
+    def cached(self, key: str, request: Request) -> Reply | None:
+        """The reply received before, unless a shorter limit of the model than today's is what it ended by."""
+        reply = self.cache.get(key)
+        if reply is None or self.max_model_len is None or reply.finish_reason == "stop":
+            return reply
+        by_length = reply.finish_reason == "length" and reply.completion_tokens < request.sampling.max_tokens
+        if by_length or reply.finish_reason == PROMPT_TOO_LONG:
+            return reply if reply.prompt_tokens + reply.completion_tokens >= self.max_model_len else None
+        return reply
 
     def timings(self) -> dict[str, Any]:
         """What this process paid and waited for; never compared between runs."""
@@ -255,7 +266,7 @@ class _Play(Generic[T]):
             for place, request in enumerate(requests):
                 key = request.key(generator.revision)
                 waiting = self._asked.get(key)
-                reply = None if waiting is not None else self._unsaved_by_key.get(key) or generator.cache.get(key)
+                reply = None if waiting is not None else self._unsaved_by_key.get(key) or generator.cached(key, request)
                 if reply is not None:
                     generator.cache_hits += 1
                     playing.step[place] = reply

@@ -75,6 +75,9 @@ class ConversationsStage(Stage):
             raise ValueError("`label` is for rows that have one: `format: kto` or `llama_factory`")
         return self
 
+    def needs_ray(self) -> bool:
+        return False
+
     def files(self) -> list[str]:
         return listed(self.path)
 

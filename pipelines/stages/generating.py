@@ -94,6 +94,7 @@ class GeneratingStage(Stage):
             cancelled=context.cancelled,
             progress=lambda done, total: context.progress(done, total, "items") if total else None,
             keep_replies=self.keep_replies,
+            max_model_len=settings.max_model_len if settings.endpoint is None else None,
         )
 
     def prompt_folder(self, context: StageContext) -> str | None:

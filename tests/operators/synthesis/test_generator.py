@@ -21,6 +21,7 @@ from operators.synthesis.cache import ReplyCache
 from operators.synthesis.flow import Flow, ask, ask_all, attempt, attempt_all
 from operators.synthesis.generator import Generator, Outcome, Usage
 from operators.synthesis.requests import PROMPT_TOO_LONG, REFUSED, Reject, Reply, Request, SamplingSettings
+from tests.operators.synthesis.recorded import Recording, last
 
 Tree = tuple[list[int], list["Tree"]]
 """Requests of a step (by number), and the trees that may follow: the replies choose which one does."""
@@ -361,3 +362,22 @@ def test_a_refusal_that_cost_nothing_is_asked_again_by_the_next_run_and_one_that
     assert sorted(engine.asked) == [0, 1, 2]
     assert generator(engine, str(tmp_path)).ask([request(n) for n in range(3)]) == first
     assert engine.asked[3:] == [0]
+
+
+def test_a_raised_limit_of_the_model_draws_again_what_the_old_one_cut_or_refused(tmp_path: Path) -> None:
+    requests = [
+        Request((("user", text),), SamplingSettings(max_tokens=50), 0) for text in ("too long", "cut", "cut by itself", "说完")
+    ]
+    old = {
+        "too long": Reply("", "prompt_too_long", 120, 0),
+        "cut": Reply("so", "length", 90, 10),
+        "cut by itself": Reply("words", "length", 20, 50),
+        "说完": Reply("好", "stop", 5, 1),
+    }
+    requests = [Request((("user", text),), SamplingSettings(max_tokens=50), 0) for text in old]
+    recording = Recording(lambda request: old[last(request)])
+    Generator(lambda: recording, "r", ReplyCache(str(tmp_path), "t"), max_model_len=100).ask(requests)
+    for limit, asked in ((100, []), (None, []), (200, ["too long", "cut"])):
+        again = Recording(last)
+        Generator(lambda again=again: again, "r", ReplyCache(str(tmp_path), "t"), max_model_len=limit).ask(requests)
+        assert sorted(last(request) for request in again.asked) == sorted(asked)
