@@ -39,7 +39,7 @@ class UnsupportedNumbersSettings(Settings):
     small: float = Field(default=10, ge=0, description="whole numbers up to this are taken for counting")
     arithmetic: bool = Field(default=True, description="results of one operation on two given numbers are supported")
     columns: list[str] = Field(
-        default=["span", "context", "document", "key_points"],
+        default=["span_text", "span", "context", "document", "key_points"],
         description="columns with what a row rests on, if there are any",
     )
     max_count: int = Field(default=0, ge=0, description="most unsupported numbers in the replies")
