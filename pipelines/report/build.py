@@ -197,8 +197,13 @@ _SHOWN_APART = frozenset({"usage", "rounds", "novelty", "operations", "languages
 def length_facts(stage: StageView) -> list[tuple[Markup, str]]:
     """What a preference stage measured of lengths, and how far its judge agrees with itself: (name, value)."""
     found = stage.counts("length_bias", "all")
-    names = ("correlation", "chosen_longer", "chosen_shorter", "length_ratio")
-    facts = [(excerpts.translated(f"preferences.{name}"), figures.number(found[name])) for name in names if name in found]
+    names = {
+        "correlation": "preferences.correlation",
+        "chosen_longer": "preferences.chosen_longer",
+        "chosen_shorter": "preferences.chosen_shorter",
+        "length_ratio": "preferences.length_ratio",
+    }
+    facts = [(excerpts.translated(key), figures.number(found[name])) for name, key in names.items() if name in found]
     if "judge_consistency" in stage.stats:
         facts.append((excerpts.translated("preferences.consistency"), figures.percent(stage.count("judge_consistency"), 1)))
     return facts

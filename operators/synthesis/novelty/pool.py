@@ -36,7 +36,7 @@ class NoveltyPool:
         lower, the longer the posting lists. `nearest` is exact below as well, at the price of reading the pool.
     workers: threads that look candidates of a batch up beside each other (results are the same with any number).
 
-    Memory: about 6 bytes a token and 20 for each distinct token in the indexed prefix of a text, 0.2 kB for an
+    Memory: about 6 bytes a token and 20 for each distinct token in the indexed prefix of a text, 0.3 to 0.5 kB for an
     instruction of ten words.
     """
 
