@@ -49,6 +49,7 @@ class ReplyCache:
         self._descriptors: list[int] = []
         self._files: dict[str, int] = {}  # local path -> number of its descriptor
         self._spool_end = 0
+        self._unsynced = False
         self.damaged = 0
         self._remote = storage.is_remote(directory)
         if self._remote:
@@ -86,8 +87,25 @@ class ReplyCache:
                 self.damaged += 1  # drawn again
         return None
 
-    def put(self, replies: Iterable[tuple[str, Reply]]) -> None:
-        """Store replies that are not there; they are on disk when this returns.
+    @property
+    def is_local(self) -> bool:
+        """True where a write is an append, False where it is an object of its own."""
+        return not self._remote
+
+    def sync(self) -> None:
+        """Have what was stored without a sync on disk when this returns."""
+        if not self._unsynced:
+            return
+        descriptor = os.open(storage.local_path(self._directory) / f"{self._name}.jsonl", os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+        self._unsynced = False
+
+    def put(self, replies: Iterable[tuple[str, Reply]], sync: bool = True) -> None:
+        """Store replies that are not there; they are on disk when this returns, and without `sync` with the system, which
+        keeps them whatever becomes of the process.
 
         Raises OSError when they cannot be stored (a full disk): then none of them is, and what was there is as it was.
         """
@@ -104,7 +122,7 @@ class ReplyCache:
                 self._spool(data)
                 return
             path = storage.local_path(self._directory) / f"{self._name}.jsonl"
-            begin = self._append(path, data)
+            begin = self._append(path, data, sync)
             sizes = np.array([len(line) for line in rows.values()])
             tags = np.array([tag_of(key) for key in rows], np.uint32)
             self._index.add(tags, self._open(path), begin + np.cumsum(sizes) - sizes)
@@ -116,8 +134,8 @@ class ReplyCache:
             self._files[str(path)] = len(self._descriptors) - 1
         return self._files[str(path)]
 
-    def _append(self, path: Path, data: bytes) -> int:
-        """Append whole lines and sync; returns the offset of the first. A torn tail is closed with a line end before."""
+    def _append(self, path: Path, data: bytes, sync: bool) -> int:
+        """Append whole lines and sync if asked; returns the offset of the first. A torn tail is closed with a line end before."""
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:
@@ -128,7 +146,9 @@ class ReplyCache:
                 view = memoryview(b"\n" + data if torn else data)
                 while view:
                     view = view[os.write(descriptor, view) :]
-                os.fsync(descriptor)
+                if sync:
+                    os.fsync(descriptor)
+                self._unsynced = not sync
             except BaseException as error:
                 os.ftruncate(descriptor, end)
                 if isinstance(error, OSError):

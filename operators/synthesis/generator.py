@@ -15,7 +15,7 @@ from operators.synthesis.requests import PROMPT_TOO_LONG, REFUSED, EngineError, 
 
 T = TypeVar("T")
 
-_SYNC_REPLIES, _SYNC_S = 256, 1.0  # replies are on disk after this many, or this long
+_SYNC_REPLIES, _SYNC_S = 256, 1.0  # replies are synced after this many, or this long
 _AHEAD = 16  # windows of finished flows that may wait for one straggler before them
 _POLL_S = 0.5  # cancelling, and a source that had nothing yet, are looked at this often
 
@@ -326,15 +326,22 @@ class _Play(Generic[T]):
             self._advance(playing, self._complete(playing))
 
     def _save_if_due(self) -> None:
-        if not self._unsaved:
-            self._saved_at = time.monotonic()
-        elif len(self._unsaved) >= _SYNC_REPLIES or time.monotonic() - self._saved_at >= _SYNC_S:
-            self._save()
+        """Write what has come at once, so that a killed process has lost nothing, and sync now and then, for the machine.
 
-    def _save(self) -> None:
-        self._generator.cache.put(self._unsaved)
+        On an object store replies are written together when a sync is due: each write is an object.
+        """
+        cache, now = self._generator.cache, time.monotonic()
+        due = len(self._unsaved) >= _SYNC_REPLIES or now - self._saved_at >= _SYNC_S
+        if self._unsaved and (due or cache.is_local):
+            self._save(sync=due)
+        elif due:
+            cache.sync()
+        if due:
+            self._saved_at = now
+
+    def _save(self, sync: bool) -> None:
+        self._generator.cache.put(self._unsaved, sync=sync)
         self._unsaved, self._unsaved_by_key = [], {}
-        self._saved_at = time.monotonic()
 
     def _check_cancelled(self) -> None:
         if self._generator.cancelled.is_set():
@@ -346,7 +353,8 @@ class _Play(Generic[T]):
         """Save what was received and take back the rest."""
         try:
             if self._unsaved:
-                self._save()
+                self._save(sync=True)
+            self._generator.cache.sync()
         finally:
             if self._session is not None:
                 self._session.close()

@@ -14,7 +14,6 @@ from operators import shards
 from operators.config import parse
 from operators.ledger import Ledger
 from operators.stage import StageContext
-from operators.synthesis import generator
 from operators.synthesis.engine import start_engine
 from operators.synthesis.reply_index import scan
 from pipelines.stages.generate import GenerateStage
@@ -50,7 +49,6 @@ def write_documents(directory: Path, texts: list[str]) -> None:
 
 def run(directory: str, url: str, told: str, cap: int | None) -> None:
     """Run the stage to its end; what it says in failing goes to the file `told`, and the process ends with 1."""
-    generator._SYNC_S = 0.0  # every reply is synced before the next are received
     endpoint = {"url": url, "concurrency": CONCURRENCY, "revision": "m1", "backoff_s": 0.01, "give_up_s": 5.0, "timeout_s": 5.0}
     stage = parse(SmallUnits, {**SETTINGS, "generator": {"model": "m", "endpoint": endpoint}, "max_generated_tokens": cap}, "made")
     folder = os.path.join(directory, "made", "f0")

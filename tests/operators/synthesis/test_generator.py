@@ -297,11 +297,11 @@ def test_a_full_disk_is_an_error_and_the_replies_are_stored_when_there_is_room(t
     class Full(ReplyCache):
         room = False
 
-        def put(self, replies: Any) -> None:
+        def put(self, replies: Any, sync: bool = True) -> None:
             if not self.room:
                 self.room = True
                 raise OSError(28, "No space left on device")
-            super().put(replies)
+            super().put(replies, sync)
 
     engine = Shuffled(Random(8))
     player = Generator(lambda: engine, "r", Full(str(tmp_path), "test"))
