@@ -38,7 +38,8 @@ def answer(request: Request) -> str | Reply:
         points = 9 if REPLIES[lang][3] in reply else 2
         return json.dumps({"helpful": points, "correct": points, "clear": points})
     said = REPLIES[lang][request.sample]
-    return Reply(said, "length" if request.sample == 1 else "stop", 10, 5)
+    cut = request.sample == 1
+    return Reply(said, "length" if cut else "stop", 10, request.sampling.max_tokens if cut else 5)
 
 
 def answered(recording: Recording, directory: Path, lang: str = "en", **values: Any) -> Account:

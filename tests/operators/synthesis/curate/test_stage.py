@@ -80,7 +80,7 @@ def test_every_row_is_accounted_for_and_the_same_with_any_workers(tmp_path: Path
     assert {why[name] for name in refused} == {"refusal_share:refusal"}
     assert (12 - len(refused)) / len([item for item in rows() if item["id"] not in why]) <= 0.11
     assert made.stats["sets"]["refusal_share"] == {"refusals": 12, "unknown": 0, "refusals_kept": 12 - len(refused)}
-    assert [list(entry) for entry in made.schema] == [[field.name, str(field.type)] for field in INSTRUCTIONS]
+    assert [entry[0] for entry in made.schema] == INSTRUCTIONS.names
     funnel = made.stats["funnel"]
     assert list(funnel) == [f"{n:02d}:{name}" for n, name in enumerate(
         ["malformed_reply", "stock_phrases", "bad_words", "contradictions", "refusal_share", "opening_diversity"])]  # fmt: skip
