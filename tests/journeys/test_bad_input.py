@@ -120,6 +120,7 @@ def test_what_no_row_is_guilty_of_is_an_error_before_anything_runs(
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small file system needs root")
+@pytest.mark.slow  # two runs with a Ray of their own; tests/faults and the reply cache fill disks in the ordinary suite
 def test_a_full_disk_stops_the_run_with_a_message_and_it_goes_on_when_there_is_room(tmp_path: Path) -> None:
     disk = tmp_path / "disk"
     disk.mkdir()
