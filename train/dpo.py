@@ -16,7 +16,7 @@ from operators.tokens import holdout
 from train import finetune, models
 from train.finetune import ArrowSpool, Examples, Follow, PlannedTrainer
 from train.parallel import Workers
-from train.settings import DpoJob
+from train.settings_finetune import DpoJob
 
 _ENCODED = pa.schema(
     [

@@ -27,7 +27,7 @@ from train import dpo, finetune, models, samples
 from train.errors import JobCancelled
 from train.loader import IGNORE
 from train.parallel import Workers
-from train.settings import EvaluateJob, NamedModel
+from train.settings_evaluate import EvaluateJob, NamedModel
 
 ALL = "*"
 """Stands for every language or every source in a row of the perplexity table."""

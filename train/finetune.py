@@ -36,7 +36,7 @@ from train import artifacts, checkpoint, models, samples
 from train.errors import JobCancelled, NonFiniteLoss
 from train.mixture import Mixture
 from train.parallel import Workers
-from train.settings import FinetuneJob, LoraSettings
+from train.settings_finetune import FinetuneJob, LoraSettings
 
 
 @dataclass

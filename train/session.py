@@ -23,13 +23,12 @@ from typing import TYPE_CHECKING, Any
 
 import ray
 
+from train import jobs
 from train.coordinator import Coordinator
 from train.errors import JobCancelled, JobError, TrainingError
 
 if TYPE_CHECKING:
     from train.parallel import Workers
-
-KINDS = ("pretrain", "sft", "dpo", "evaluate")
 
 _POLL_S = 0.1
 _GRACE_S = 30.0  # for the other workers to report the same error before the failing one ends itself
@@ -99,8 +98,8 @@ class TrainGroup:
         Raises TrainingError when the job failed or the group could not be kept alive, JobCancelled when `cancelled` said so
         (its last checkpoint stays, and the same job goes on from there), ValueError for a job that names no known kind.
         """
-        if job.get("kind") not in KINDS:
-            raise ValueError(f"unknown kind of training job {job.get('kind')!r}; valid: {', '.join(KINDS)}")
+        if job.get("kind") not in jobs.KINDS:
+            raise ValueError(f"unknown kind of training job {job.get('kind')!r}; valid: {', '.join(jobs.KINDS)}")
         if not (os.path.isabs(job["directory"]) or "://" in job["directory"]):
             raise ValueError(f"the job's directory must be absolute, workers run elsewhere: {job['directory']}")
         self.start()
@@ -150,7 +149,7 @@ def serve(config: dict[str, Any]) -> None:
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
     workers = Workers.here()
     incarnation = workers.share(uuid.uuid4().hex)
-    _jobs()  # imported before the first job asks for them
+    jobs.warm_up()
     last, pause = 0, _POLL_S
     while True:
         # Every worker asks for itself: one that waited for the first in a collective would time out in a long idle spell.
@@ -175,7 +174,7 @@ def _attempt(job: dict[str, Any], workers: Workers, reporter: _Reporter) -> dict
 
     workers.report = reporter
     try:
-        model, function = _jobs()[job["kind"]]
+        model, function = jobs.load(job["kind"])
         result = function(parse(model, job["config"], job["kind"]), job["directory"], workers)
         return {"result": result if workers.first else None}
     except JobCancelled as error:
@@ -221,17 +220,3 @@ def _prepare_process() -> None:
         "TRANSFORMERS_VERBOSITY": "error",
     }.items():
         os.environ[name] = value
-
-
-def _jobs() -> dict[str, tuple[Any, Callable[..., dict[str, Any]]]]:
-    from transformers.utils import logging
-
-    from train import dpo, evaluate, pretrain, settings, sft
-
-    logging.disable_progress_bar()
-    return {
-        "pretrain": (settings.PretrainJob, pretrain.run),
-        "sft": (settings.SftJob, sft.run),
-        "dpo": (settings.DpoJob, dpo.run),
-        "evaluate": (settings.EvaluateJob, evaluate.run),
-    }

@@ -1,4 +1,4 @@
-"""What the four kinds of training job are told, as typed settings. Importing this module loads no framework."""
+"""What every training job is told, and pretraining, as typed settings. Importing this module loads no framework."""
 
 from __future__ import annotations
 
@@ -35,6 +35,14 @@ class RowsInput(Settings):
     name: str = Field(description="Name in reports: the stage's name.")
     directory: str = Field(description="The stage's directory, absolute or a URI.")
     weight: float = Field(default=1.0, gt=0, description="Share of the mixture, on any scale.")
+    loss_weight: float = Field(default=1.0, gt=0, description="What the loss of its tokens counts, apart from how often they come.")
+
+
+class Share(Settings):
+    """An input of a mixture in a recipe, where its share alone does not say enough."""
+
+    weight: float = Field(gt=0, description="Share of the mixture, on any scale.")
+    loss_weight: float = Field(default=1.0, gt=0, description="What the loss of its tokens counts, apart from how often they come.")
 
 
 class OptimizerSettings(Settings):
@@ -63,106 +71,3 @@ class PretrainJob(PretrainSettings):
     inputs: list[RowsInput] = Field(min_length=1, description="Packed corpora with their shares of tokens.")
     model: ModelShape | str = Field(description="A shape to start from scratch, or the directory of a model to go on from.")
     seed: int = Field(default=0, description="Of the initial weights and the order of samples.")
-
-
-class LoraSettings(Settings):
-    """Low-rank adapters (Hu et al. 2021): the base stays frozen, a rank-r product is added to chosen matrices."""
-
-    rank: int = Field(default=16, ge=1, description="Rank of the added product.")
-    alpha: int = Field(default=32, ge=1, description="The product is scaled by alpha / rank.")
-    dropout: float = Field(default=0.0, ge=0, lt=1, description="Dropout before the adapter.")
-    targets: list[str] | Literal["all-linear"] = Field(
-        default="all-linear", description="Names of the matrices with an adapter; `all-linear` is every one but the output head."
-    )
-
-
-class FinetuneSettings(OptimizerSettings):
-    """What SFT and DPO have in common."""
-
-    mix_by: Literal["examples", "tokens"] = Field(
-        default="examples",
-        description="What the weights of inputs are shares of: examples, or tokens with loss (longer examples count more).",
-    )
-    batch_examples: int = Field(default=8, ge=1, description="Examples of one step over all workers, who must divide it.")
-    micro_batch_examples: int | None = Field(default=None, ge=1, description="Examples of one forward pass on one worker.")
-    max_length: int = Field(
-        default=512, ge=8, description="Tokens an example is cut to; one without a token with loss left is set aside and counted."
-    )
-    lora: LoraSettings | None = Field(
-        default=None, description="Train adapters and export the merged model too; without it all weights are trained."
-    )
-    learning_rate: float = Field(gt=0, description="Peak learning rate of AdamW.")
-    weight_decay: float = Field(default=0.0, ge=0, description="AdamW's weight decay.")
-
-
-class FinetuneJob(FinetuneSettings):
-    """The part of a fine-tuning job that is not settings."""
-
-    model: str = Field(description="Directory of the model to start from, Hugging Face layout, absolute or a URI.")
-    inputs: list[RowsInput] = Field(min_length=1, description="Inputs with their weights.")
-    seed: int = Field(default=0, description="Of the adapters' initial weights and the order of samples.")
-
-
-class SftSettings(FinetuneSettings):
-    """How to fine-tune on conversations."""
-
-    neftune_alpha: float | None = Field(default=None, gt=0, description="NEFTune noise on embeddings (Jain et al. 2023).")
-
-
-class SftJob(SftSettings, FinetuneJob):
-    """Everything a supervised fine-tuning depends on."""
-
-
-class DpoSettings(FinetuneSettings):
-    """How to align by preference pairs."""
-
-    beta: float = Field(default=0.1, gt=0, description="How strongly the model is held to its reference.")
-    loss: Literal["sigmoid", "ipo", "hinge"] = Field(
-        default="sigmoid", description="DPO, IPO (Azar et al. 2023), or SLiC's hinge (Zhao et al. 2023)."
-    )
-    label_smoothing: float = Field(default=0.0, ge=0, lt=0.5, description="Assumed share of pairs labelled the wrong way round.")
-    held_out: float = Field(default=0.2, ge=0, lt=1, description="Share of pairs, drawn by id and seed, kept for evaluation.")
-
-
-class DpoJob(DpoSettings, FinetuneJob):
-    """Everything an alignment by preference pairs depends on; `seed` also draws the held-out pairs."""
-
-
-class NamedModel(Settings):
-    """A model under the name that tables show."""
-
-    name: str = Field(description="The stage's name.")
-    path: str = Field(description="Directory in Hugging Face layout, absolute or a URI.")
-
-
-class Prompt(Settings):
-    """One prompt that all models answer."""
-
-    text: str = Field(min_length=1, description="What the user says.")
-    lang: str = Field(default="", description="Language, for the table.")
-
-
-class EvaluateSettings(Settings):
-    """How to evaluate."""
-
-    max_documents: int = Field(default=100, ge=1, description="Documents scored a language, drawn by a hash of their id.")
-    max_tokens: int = Field(default=2048, ge=2, description="Tokens scored of one document.")
-    length: int = Field(default=512, ge=2, description="Longest context in tokens; a model's own limit may be shorter.")
-    batch_tokens: int = Field(default=8192, ge=2, description="Tokens of one forward pass, padding included.")
-    max_pairs: int = Field(default=500, ge=1, description="Preference pairs scored at most.")
-    reference: str | None = Field(
-        default=None, description="One of `models`: preference accuracy is also given on margins less this model's."
-    )
-    prompts: list[Prompt] = Field(default=[], description="Prompts that every model answers greedily.")
-    max_new_tokens: int = Field(default=48, ge=1, description="Tokens of one reply at most.")
-
-
-class EvaluateJob(EvaluateSettings):
-    """Everything an evaluation depends on."""
-
-    models: list[NamedModel] = Field(min_length=1, description="Models to compare.")
-    documents: list[str] = Field(default=[], description="Directories of stages with documents.")
-    held_out: float = Field(default=0.0, ge=0, le=1, description="Share of documents kept out of packing.")
-    pairs: list[str] = Field(default=[], description="Directories of stages with preference pairs.")
-    pairs_held_out: float = Field(default=0.0, ge=0, le=1, description="Share of pairs kept out of DPO; 0 scores all.")
-    seed: int = Field(default=0, description="With which documents and pairs were held out.")

@@ -17,7 +17,7 @@ from train import finetune, models
 from train.finetune import ArrowSpool, Examples, Follow, PlannedTrainer
 from train.loader import IGNORE
 from train.parallel import Workers
-from train.settings import SftJob
+from train.settings_finetune import SftJob
 
 _ENCODED = pa.schema([pa.field("input_ids", pa.list_(pa.int32())), pa.field("labels", pa.list_(pa.int32()))])
 

@@ -31,7 +31,7 @@ STAGES: dict[str, str] = {
     "sft": "pipelines.stages.training:SftStage",
     "dpo": "pipelines.stages.training:DpoStage",
     "reviewed": "pipelines.stages.reviewed:ReviewedStage",
-    "evaluate": "pipelines.stages.training:EvaluateStage",
+    "evaluate": "pipelines.stages.evaluation:EvaluateStage",
 }
 
 

@@ -15,7 +15,8 @@ from tests.train.conftest import preferences
 from tests.train.test_pretrain import taken
 from train import dpo, models
 from train.parallel import Workers
-from train.settings import DpoJob, LoraSettings, RowsInput
+from train.settings import RowsInput
+from train.settings_finetune import DpoJob, LoraSettings
 
 
 def job(model: str, pairs: str, **changes: Any) -> DpoJob:

@@ -14,7 +14,7 @@ from operators.tokens.holdout import is_held_out
 from tests.train.conftest import documents, preferences
 from train import dpo, evaluate, models
 from train.parallel import Workers
-from train.settings import EvaluateJob, NamedModel, Prompt
+from train.settings_evaluate import EvaluateJob, NamedModel, Prompt
 
 
 def job(model: str, corpus: str, pairs: str, **changes: Any) -> EvaluateJob:

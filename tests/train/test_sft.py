@@ -16,7 +16,8 @@ from train import checkpoint, models, samples, sft
 from train.errors import JobCancelled
 from train.loader import IGNORE
 from train.parallel import Workers
-from train.settings import LoraSettings, RowsInput, SftJob
+from train.settings import RowsInput
+from train.settings_finetune import LoraSettings, SftJob
 
 
 def job(model: str, chats: str, general: str, **changes: Any) -> SftJob:

@@ -1,0 +1,88 @@
+"""The recipe stage that compares models."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from pydantic import Field, model_validator
+
+from operators import shards
+from operators.stage import Stage, StageContext
+from pipelines.stages.training import is_path, limited, model_path, run_job
+from train.settings_evaluate import EvaluateSettings
+
+
+def listed(value: str | list[str] | None) -> list[str]:
+    """One name, several or none as a list."""
+    return [value] if isinstance(value, str) else value or []
+
+
+class EvaluateStage(EvaluateSettings, Stage):
+    """Compares models: held-out perplexity by language and source, preference accuracy, replies side by side."""
+
+    resource: ClassVar[str] = "train"
+
+    kind: Literal["evaluate"] = "evaluate"
+    models: list[str] = Field(min_length=1, description="Stages that made models, or paths (with a `/`), in the order of columns.")
+    packed: str | None = Field(
+        default=None, description="The pack stage whose held-out documents are scored; its `holdout` must be above 0."
+    )
+    input: str | list[str] | None = Field(default=None, description="The stages whose documents `packed` packed; needed with it.")
+    pairs: str | list[str] | None = Field(default=None, description="Stages with preference pairs.")
+    pairs_held_out: float | None = Field(
+        default=None,
+        ge=0,
+        le=1,
+        description="Share of pairs to score. Default: what DPO stages among `models` kept out, or all.",
+    )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> EvaluateStage:
+        if len(set(self.models)) != len(self.models):
+            raise ValueError("`models` names one twice")
+        if self.reference is not None and self.reference not in self.models:
+            raise ValueError(f"`reference` {self.reference!r} is not one of `models`")
+        if self.input is not None and self.packed is None:
+            raise ValueError("`input` needs `packed`: only documents that were kept out of packing can be scored")
+        if self.packed is not None and self.input is None:
+            raise ValueError("`packed` needs `input`: the stages whose documents it packed")
+        return self
+
+    def input_names(self) -> list[str]:
+        names = [*(name for name in self.models if not is_path(name)), *listed(self.pairs)]
+        names += [*([self.packed] if self.packed else []), *listed(self.input)]
+        return list(dict.fromkeys(names))
+
+    def files(self) -> list[str]:
+        return [name for name in self.models if is_path(name)]
+
+    def run(self, context: StageContext) -> None:
+        held_out = 0.0
+        if self.packed is not None:
+            held_out = float(shards.load_manifest(context.inputs[self.packed]).config.get("holdout", 0.0))
+            if held_out <= 0:
+                raise ValueError(f"stage {context.stage}: {self.packed!r} holds no documents out; set its `holdout`, to 0.02 say")
+        config = {
+            **self.model_dump(mode="json", include=set(EvaluateSettings.model_fields)),
+            "max_documents": limited(self.max_documents, context.limit),
+            "max_pairs": limited(self.max_pairs, context.limit),
+            "models": [{"name": name, "path": model_path(context, name)} for name in self.models],
+            "documents": [context.inputs[name] for name in listed(self.input)],
+            "held_out": held_out,
+            "pairs": [context.inputs[name] for name in listed(self.pairs)],
+            "pairs_held_out": self._pairs_share(context),
+            "seed": context.seed,
+        }
+        result = run_job(context, "evaluate", config)
+        context.finish(stats={key: value for key, value in result.items() if key != "timings"}, timings=result["timings"])
+
+    def _pairs_share(self, context: StageContext) -> float:
+        if self.pairs_held_out is not None:
+            return self.pairs_held_out
+        manifests = [shards.load_manifest(context.inputs[name]) for name in self.models if not is_path(name)]
+        shares = {float(manifest.config["held_out"]) for manifest in manifests if manifest.kind == "dpo"}
+        if len(shares) > 1:
+            raise ValueError(
+                f"stage {context.stage}: its DPO stages kept out different shares of pairs ({sorted(shares)}); set `pairs_held_out`"
+            )
+        return shares.pop() if shares else 0.0
