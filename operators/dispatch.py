@@ -1,14 +1,22 @@
-"""Work units on Ray Data: one `map_batches` call over an actor pool, one small row back for each unit.
+"""Work units on Ray Data: one `map_batches` call over a pool of tasks, one small row back for each unit.
 
-Text never enters the object store: an actor's child process reads a unit, works and commits it (operators/supervise.py).
-Ray Data brings scheduling, an autoscaling pool and retries after a node is lost; a unit that is run twice commits once.
+Text never enters the object store: a child process reads a unit, works and commits it (operators/supervise.py). Ray Data
+brings scheduling and retries after a node is lost; a unit that is run twice commits once.
+
+Tasks, not an actor pool: Ray keeps the processes of finished tasks, so their supervised children serve stage after stage.
+An actor pool starts a process and a child for each worker of each stage, which took longer than the work of a small one.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Sequence
+import os
+import sys
+import threading
+import time
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -18,19 +26,59 @@ import ray.data
 from operators.stage import StageContext
 from operators.supervise import Limits, Supervisor
 
+_IDLE_S = 30.0
+"""A child that had no unit for this long is ended: it may hold models of hundreds of megabytes."""
 
-class UnitWorker:
-    """The actor: hands each unit to its supervised child."""
 
-    def __init__(self, target: str, limits: Limits) -> None:
-        self._supervisor = Supervisor(target, limits)
+class _Kept:
+    """The supervised children of this process, by what they serve; one unit at a time, as a Ray task has the process alone."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._children: dict[Hashable, tuple[Supervisor, float]] = {}
+        self._watched = False
+
+    def run(self, target: str, limits: Limits, unit: Any) -> Any:
+        # A child sees the GPUs and the import path that its own start was given.
+        key = (target, limits, os.environ.get("CUDA_VISIBLE_DEVICES"), tuple(sys.path))
+        with self._lock:
+            supervisor, _ = self._children.pop(key, (None, 0.0))
+        supervisor = supervisor or Supervisor(target, limits)
+        try:
+            result = supervisor.run(unit)
+        except BaseException:  # also Ray's wish to cancel, in the middle of a conversation
+            supervisor.close()
+            raise
+        with self._lock:
+            self._children[key] = (supervisor, time.monotonic())
+            if not self._watched:
+                self._watched = True
+                threading.Thread(target=self._end_idle, daemon=True).start()
+        return result
+
+    def _end_idle(self) -> None:
+        while True:
+            time.sleep(_IDLE_S / 4)
+            with self._lock:
+                for key, (supervisor, used) in list(self._children.items()):
+                    if time.monotonic() - used > _IDLE_S:
+                        del self._children[key]
+                        supervisor.close()
+
+
+_KEPT = _Kept()
+
+
+@dataclass(frozen=True)
+class _RunUnit:
+    """What a task does: hand its unit to a supervised child of its process."""
+
+    target: str
+    limits: Limits
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        results = [json.dumps(self._supervisor.run(json.loads(item))) for item in batch["unit"]]
+        results = [json.dumps(_KEPT.run(self.target, self.limits, json.loads(item))) for item in batch["unit"]]
         return {"result": np.array(results, dtype=object)}
-
-    def __del__(self) -> None:
-        self._supervisor.close()
 
 
 def run_units(
@@ -56,15 +104,16 @@ def run_units(
     ray.data.DataContext.get_current().enable_progress_bars = False
     logging.getLogger("ray.data").setLevel(logging.ERROR)  # one line per executor and stage: the runner tells progress
     blocks = ray.data.from_items([{"unit": json.dumps(unit)} for unit in units], override_num_blocks=len(units))
-    pool = ray.data.ActorPoolStrategy(min_size=1, max_size=max(1, min(context.workers, len(units))))
+    # Ray ends the process of every GPU task by default; here the child holds the GPU, and is ended when idle.
+    gpu: dict[str, Any] = {"num_gpus": num_gpus, "max_calls": 0} if num_gpus else {}
+    run_unit: Any = _RunUnit(target, limits).__call__
     done = blocks.map_batches(
-        UnitWorker,
+        run_unit,
         batch_size=1,
-        compute=pool,
+        compute=ray.data.TaskPoolStrategy(size=max(1, min(context.workers, len(units)))),
         num_cpus=num_cpus,
-        num_gpus=num_gpus,
-        fn_constructor_kwargs={"target": target, "limits": limits},
         batch_format="numpy",
+        **gpu,
     )
     finished = already
     for _ in done.iter_batches(batch_size=1, batch_format="numpy", prefetch_batches=0):
