@@ -26,6 +26,8 @@ import ray
 from train import jobs
 from train.coordinator import Coordinator
 from train.errors import JobCancelled, JobError, TrainingError
+from train.settings import OptimizerSettings
+from train.tracking import Tracked
 
 if TYPE_CHECKING:
     from train.parallel import Workers
@@ -173,15 +175,26 @@ def _attempt(job: dict[str, Any], workers: Workers, reporter: _Reporter) -> dict
     from operators.config import parse
 
     workers.report = reporter
+    tracked: Tracked | None = None
     try:
         model, function = jobs.load(job["kind"])
-        result = function(parse(model, job["config"], job["kind"]), job["directory"], workers)
+        config = parse(model, job["config"], job["kind"])
+        if isinstance(config, OptimizerSettings):
+            tracked = workers.on_first(lambda: Tracked(reporter, config.track, job["directory"], job["kind"]))
+            workers.report = tracked or reporter
+        result = function(config, job["directory"], workers)
+        if tracked is not None:
+            result = {**result, "timings": {**result["timings"], **tracked.close("FINISHED")}}
+            tracked = None
         return {"result": result if workers.first else None}
     except JobCancelled as error:
         return {"error": str(error), "details": "", "cancelled": True, "secondary": False}
     except Exception as error:  # noqa: BLE001  told to the stage that submitted the job
         message = str(error) if isinstance(error, JobError) else f"{type(error).__name__}: {error}"
         return {"error": message, "details": traceback.format_exc(), "secondary": isinstance(error, JobError)}
+    finally:
+        if tracked is not None:
+            tracked.close("FAILED")
 
 
 def _settled(coordinator: Any, number: int) -> bool:

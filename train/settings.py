@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from typing import Literal
+from urllib.parse import urlsplit
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from operators.config import Settings
 from train.schedule import Schedule
@@ -45,19 +46,39 @@ class Share(Settings):
     loss_weight: float = Field(default=1.0, gt=0, description="What the loss of its tokens counts, apart from how often they come.")
 
 
+class TrackSettings(Settings):
+    """Where the curves of a training go besides the run's report."""
+
+    tensorboard: bool = Field(default=True, description="Event files in `tensorboard` of the stage's directory.")
+    mlflow: str | None = Field(
+        default=None,
+        description="Tracking URI of an MLflow server (or a `file:` directory). Credentials come from the workers' environment, "
+        "never from the recipe: MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN.",
+    )
+    experiment: str = Field(default="danlu", min_length=1, description="MLflow's experiment.")
+
+    @field_validator("mlflow")
+    @classmethod
+    def _no_secret(cls, uri: str | None) -> str | None:
+        if uri is not None and urlsplit(uri).password is not None:
+            raise ValueError("holds a password; set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD in the environment")
+        return uri
+
+
 class OptimizerSettings(Settings):
     """What all training has in common."""
 
-    steps: int = Field(ge=1, description="Optimizer steps.")
     schedule: Schedule = Field(default=Schedule(), description="Warm-up and decay of the learning rate.")
     clip: float = Field(default=1.0, gt=0, description="Largest global norm of the gradient.")
     precision: Literal["fp32", "bf16"] = Field(default="fp32", description="bf16 runs matrix products under autocast.")
     checkpoint_every: int = Field(default=50, ge=1, description="Steps between checkpoints.")
+    track: TrackSettings = Field(default=TrackSettings(), description="Curves to TensorBoard files and MLflow.")
 
 
 class PretrainSettings(OptimizerSettings):
     """How to pretrain."""
 
+    steps: int = Field(ge=1, description="Optimizer steps.")
     batch_sequences: int = Field(default=8, ge=1, description="Sequences of one step over all workers, who must divide it.")
     micro_batch_sequences: int | None = Field(default=None, ge=1, description="Sequences of one forward pass on one worker.")
     learning_rate: float = Field(default=1e-3, gt=0, description="Peak learning rate of AdamW.")

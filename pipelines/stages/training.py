@@ -59,7 +59,7 @@ class TrainingStage(OptimizerSettings, Stage):
     A subclass names its settings (`told`): these, with the inputs, the model and the seed, are the job of kind `kind`.
     """
 
-    operational: ClassVar[frozenset[str]] = frozenset({"checkpoint_every"})
+    operational: ClassVar[frozenset[str]] = frozenset({"checkpoint_every", "track"})
     resource: ClassVar[str] = "train"
     told: ClassVar[type[OptimizerSettings]]
 
@@ -76,7 +76,6 @@ class TrainingStage(OptimizerSettings, Stage):
         """The job's configuration."""
         return {
             **self.model_dump(mode="json", include=set(self.told.model_fields)),
-            "steps": limited(self.steps, context.limit),
             "inputs": [
                 {"name": name, "directory": context.inputs[name], **share.model_dump()}
                 for name, share in shares(self.input).items()
@@ -107,11 +106,21 @@ class PretrainStage(PretrainSettings, TrainingStage):
         default=ModelShape(), description="A shape to start from scratch; or a stage that made a model, or a path (with a `/`)."
     )
 
+    def job(self, context: StageContext) -> dict[str, Any]:
+        return {**super().job(context), "steps": limited(self.steps, context.limit)}
+
 
 class FinetuneStage(FinetuneSettings, TrainingStage):
     """Base of stages that train a model on examples."""
 
+    operational: ClassVar[frozenset[str]] = TrainingStage.operational | {
+        "micro_batch_examples", "sharding", "activation_checkpointing",
+    }  # fmt: skip
+
     model: str = Field(description="The stage that made the model to start from, or a path (with a `/`).")
+
+    def job(self, context: StageContext) -> dict[str, Any]:
+        return {**super().job(context), "most_steps": context.limit}
 
 
 class SftStage(SftSettings, FinetuneStage):
