@@ -50,10 +50,11 @@ def run(job: DpoJob, directory: str, workers: Workers) -> dict[str, Any]:
         models.as_chat(tokenizer, model)
         model.config.use_cache = False
         examples = encode(job, tokenizer)
+        planned = finetune.settled(job, examples)
         reference = models.load(job.model) if job.lora is None else None
-        return model, tokenizer, examples, examples.mixture(job), reference
+        return model, tokenizer, examples, examples.mixture(job), planned, reference
 
-    model, tokenizer, examples, mixture, reference = workers.together(prepare)
+    model, tokenizer, examples, mixture, job, reference = workers.together(prepare)
     generation = model.generation_config
     keys = {
         "grad_norm": "gradient_norm",

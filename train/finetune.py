@@ -14,10 +14,10 @@ import tempfile
 import time
 import uuid
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -26,6 +26,7 @@ import torch
 from datasets import Dataset
 from datasets.table import InMemoryTable
 from peft import LoraConfig, PeftModel
+from torch.distributed.tensor import DTensor
 from torch.utils.data import Sampler
 from transformers import GenerationConfig, PrinterCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
@@ -37,6 +38,15 @@ from train.errors import JobCancelled, NonFiniteLoss
 from train.mixture import Mixture
 from train.parallel import Workers
 from train.settings_finetune import FinetuneJob, LoraSettings
+
+J = TypeVar("J", bound=FinetuneJob)
+
+Penalty = Callable[[Mapping[str, torch.nn.Parameter]], torch.Tensor]
+"""A term of the loss that depends on the weights alone, such as EWC's: called once per optimizer step with the trained
+parameters by name, after the backward pass of the last micro batch and before clipping. It adds its gradient to each
+`parameter.grad` (which may be None) and returns its value, a scalar that is the same on every worker. Gradients are those
+of the mean over all workers by then, so nothing is scaled by their number. Under FSDP2 parameters and gradients are
+DTensors cut along the first dimension: work on `local(...)` and sum the value over workers."""
 
 
 @dataclass
@@ -137,17 +147,82 @@ class PlannedSampler(Sampler[int]):
         return len(self._order)
 
 
+def settled(job: J, examples: Examples) -> J:
+    """The job with its steps fixed, now that its examples are counted.
+
+    An epoch is one pass over the input with the largest share of samples (the first such); the last batch is filled from
+    the next pass. Raises ValueError for an input without an example.
+    """
+    steps = job.steps
+    if steps is None:
+        mixture = examples.mixture(job)
+        main = int(np.argmax(mixture.shares))
+        one = float(mixture.sizes[main] / mixture.shares[main] / job.batch_examples)
+        steps = max(1, math.ceil(float(job.epochs or 0) * one - 1e-9))
+    return job.model_copy(update={"steps": min(steps, job.most_steps or steps), "epochs": None})
+
+
 def planned_order(examples: Examples, mixture: Mixture, job: FinetuneJob) -> np.ndarray:
     """int64[steps * batch]: the dataset row at each position."""
-    draw = mixture.locate(np.arange(job.steps * job.batch_examples))
+    draw = mixture.locate(np.arange(job.planned_steps * job.batch_examples))
     return draw.row + examples.offsets[draw.source]
 
 
+def plan(job: FinetuneJob, examples: Examples, mixture: Mixture) -> dict[str, Any]:
+    """What a settled job will do: steps, epochs, examples, samples and tokens with loss, in all and of each input."""
+    draw = mixture.locate(np.arange(job.planned_steps * job.batch_examples))
+    tokens = np.concatenate(examples.tokens)[draw.row + examples.offsets[draw.source]]
+    parts: dict[str, dict[str, Any]] = samples.shares(mixture.names, draw.source, tokens)
+    for name, size in zip(mixture.names, mixture.sizes.tolist(), strict=True):
+        parts[name] |= {"examples": size, "epochs": round(parts[name]["samples"] / size, 4)}
+    return {
+        "steps": job.planned_steps,
+        "epochs": parts[mixture.names[int(np.argmax(mixture.shares))]]["epochs"],
+        "examples": sum(len(part) for part in examples.ids),
+        "samples": len(tokens),
+        "tokens": int(tokens.sum()),
+        "mixture": parts,
+    }
+
+
+def announcement(job: FinetuneJob, planned: dict[str, Any]) -> str:
+    """The plan in one line, told before the first step."""
+    parts = ", ".join(f"{name} {part['samples']} ({part['epochs']:g} epochs)" for name, part in planned["mixture"].items())
+    return (
+        f"{planned['steps']} steps of {job.batch_examples} = {planned['epochs']:g} epochs: {planned['samples']} samples of "
+        f"{planned['examples']} examples, {planned['tokens']} tokens with loss; {parts}"
+    )
+
+
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    """The part of a tensor that this worker holds: a shard under FSDP2, else all of it."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
 class PlannedTrainer:
-    """Mixed into a TRL trainer: takes rows in the planned order, decays by Schedule, never draws a model card."""
+    """Mixed into a TRL trainer: takes rows in the planned order, decays by Schedule, never draws a model card.
+
+    `penalties` are terms that depend on the weights alone; their values join the curve under their names.
+    """
 
     order: np.ndarray
     job: FinetuneJob
+    penalties: Mapping[str, Penalty] = {}
+    _penalty_values: Mapping[str, torch.Tensor] = {}
+
+    def _clip_grad_norm(self, model: torch.nn.Module) -> torch.Tensor:
+        trainer: Any = self
+        if self.penalties:
+            whole = trainer.accelerator.unwrap_model(model)
+            parameters = {name: parameter for name, parameter in whole.named_parameters() if parameter.requires_grad}
+            self._penalty_values = {name: penalty(parameters) for name, penalty in self.penalties.items()}
+        norm = super()._clip_grad_norm(model)  # type: ignore[misc]
+        return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+    def log(self, logs: dict[str, float], *arguments: Any, **named: Any) -> None:
+        if "loss" in logs:
+            logs.update({name: float(value) for name, value in self._penalty_values.items()})
+        super().log(logs, *arguments, **named)  # type: ignore[misc]
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
         return PlannedSampler(self.order)
@@ -155,7 +230,7 @@ class PlannedTrainer:
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         trainer: Any = self
         trainer.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
-            optimizer or trainer.optimizer, lambda step: self.job.schedule.factor(step, self.job.steps)
+            optimizer or trainer.optimizer, lambda step: self.job.schedule.factor(step, self.job.planned_steps)
         )
         return trainer.lr_scheduler
 
@@ -169,9 +244,15 @@ class Follow(TrainerCallback):
     def __init__(self, workers: Workers, job: FinetuneJob, root: str, keys: dict[str, str], examples: Examples) -> None:
         self.workers, self.job, self.root, self.keys, self.examples = workers, job, root, keys, examples
         self.curve: list[dict[str, Any]] = []
+        self.penalties: tuple[str, ...] = ()
         self.stopped = False
         self.seconds = 0.0
         self._started = 0.0
+
+    def announce(self, note: str, done: int) -> None:
+        """Tell what is about to be done. Raises JobCancelled when the user has asked to stop already."""
+        if self.workers.stop_requested(done, self.job.planned_steps, note, {}):
+            raise JobCancelled(f"stopped before step {done + 1}")
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.curve = [point for point in map(self._point, state.log_history) if point is not None]
@@ -191,7 +272,7 @@ class Follow(TrainerCallback):
                 f"{point['learning_rate']:.3g}. Lower the learning rate or look at these examples; the last checkpoint is "
                 f"in {self.root}"
             )
-        if self.workers.stop_requested(state.global_step, self.job.steps, "steps", point):
+        if self.workers.stop_requested(state.global_step, self.job.planned_steps, "steps", point):
             self.stopped = True
             control.should_save = control.should_training_stop = True
 
@@ -207,6 +288,7 @@ class Follow(TrainerCallback):
             return None
         point = {"step": int(entry["step"]), "loss": entry["loss"], "learning_rate": entry["learning_rate"]}
         point.update({name: entry[key] for key, name in self.keys.items() if key in entry})
+        point.update({name: entry[name] for name in self.penalties if name in entry})
         return point
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
@@ -236,7 +318,7 @@ def arguments(job: FinetuneJob, workers: Workers, output: str) -> dict[str, Any]
     cuda = workers.device.type == "cuda"
     return {
         "output_dir": output,
-        "max_steps": job.steps,
+        "max_steps": job.planned_steps,
         "per_device_train_batch_size": micro,
         "gradient_accumulation_steps": share // micro,
         "learning_rate": job.learning_rate,
@@ -245,7 +327,7 @@ def arguments(job: FinetuneJob, workers: Workers, output: str) -> dict[str, Any]
         "logging_steps": 1,
         "logging_nan_inf_filter": False,
         "save_strategy": "steps",
-        "save_steps": min(job.checkpoint_every, job.steps),
+        "save_steps": min(job.checkpoint_every, job.planned_steps),
         "save_total_limit": checkpoint.KEEP,
         "report_to": "none",
         "push_to_hub": False,
@@ -253,7 +335,7 @@ def arguments(job: FinetuneJob, workers: Workers, output: str) -> dict[str, Any]
         "use_cpu": not cuda,
         "bf16": job.precision == "bf16",
         "fp16": False,
-        "gradient_checkpointing": False,
+        "gradient_checkpointing": job.activation_checkpointing,
         "dataloader_pin_memory": cuda,
         "dataloader_drop_last": False,
         "max_length": job.max_length,
@@ -272,7 +354,7 @@ def adapter_config(lora: LoraSettings | None) -> LoraConfig | None:
         return None
     return LoraConfig(
         r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=lora.targets,
-        bias="none", task_type="CAUSAL_LM",
+        use_dora=lora.dora, use_rslora=lora.rslora, bias="none", task_type="CAUSAL_LM",
     )  # fmt: skip
 
 
@@ -297,12 +379,13 @@ def complete(
 ) -> dict[str, Any]:
     """Train in the planned order, export, write samples and result, then clear the checkpoints. Raises as `train` does."""
     trainer.job, trainer.order = job, planned_order(examples, mixture, job)
-    train(trainer, follow, root, workers)
+    follow.penalties = tuple(trainer.penalties)
+    train(trainer, follow, root, workers, announcement(job, plan(job, examples, mixture)))
 
     def write() -> dict[str, Any]:
         result = outcome(job, examples, mixture, follow, trainer.model, workers)
         export(trainer.model, trainer.processing_class, directory, generation)
-        samples.write(directory, samples.finetuning(mixture, examples.ids, job.steps, job.batch_examples))
+        samples.write(directory, samples.finetuning(mixture, examples.ids, job.planned_steps, job.batch_examples))
         return samples.write_result(directory, result)
 
     result = workers.share(workers.on_first(write))
@@ -310,11 +393,15 @@ def complete(
     return dict(result)
 
 
-def train(trainer: Any, follow: Follow, root: str, workers: Workers) -> None:
-    """Run a TRL trainer from its newest whole checkpoint to the end. Raises JobCancelled when the user stopped it."""
+def train(trainer: Any, follow: Follow, root: str, workers: Workers, note: str) -> None:
+    """Tell the plan (`note`), then run a TRL trainer from its newest whole checkpoint to the end.
+
+    Raises JobCancelled when the user stopped it.
+    """
     trainer.remove_callback(PrinterCallback)
     found = workers.together(lambda: checkpoint.latest(root))
     step = workers.share(found[0] if found else None)
+    follow.announce(note, step or 0)
     trainer.train(resume_from_checkpoint=None if step is None or found is None else str(found[1]))
     if follow.stopped:
         raise JobCancelled(f"stopped after step {trainer.state.global_step}; the checkpoint is in {root}")
@@ -343,24 +430,18 @@ def outcome(
     job: FinetuneJob, examples: Examples, mixture: Mixture, follow: Follow, trained: Any, workers: Workers
 ) -> dict[str, Any]:
     """The result of a finished job."""
-    positions = np.arange(job.steps * job.batch_examples)
-    draw = mixture.locate(positions)
-    tokens = np.concatenate(examples.tokens)[draw.row + examples.offsets[draw.source]]
+    planned = plan(job, examples, mixture)
     parameters, trainable = models.parameter_counts(trained)
     done = len(follow.curve) or 1
     return {
+        **planned,
         "curve": samples.thinned(follow.curve),
         "parameters": parameters,
         "trainable_parameters": trainable,
-        "steps": job.steps,
-        "tokens": int(tokens.sum()),
-        "samples": len(positions),
-        "examples": sum(len(part) for part in examples.ids),
         "set_aside": examples.set_aside,
-        "mixture": samples.shares(mixture.names, draw.source, tokens),
         "timings": {
             "step_seconds": follow.seconds,
-            "tokens_per_second": float(tokens.sum()) * (done / job.steps) / follow.seconds if follow.seconds else 0.0,
+            "tokens_per_second": planned["tokens"] * (done / job.planned_steps) / follow.seconds if follow.seconds else 0.0,
             "workers": workers.world,
             "device": workers.device.type,
         },

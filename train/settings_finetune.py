@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from operators.config import Settings
 from train.settings import OptimizerSettings, RowsInput
@@ -19,11 +19,29 @@ class LoraSettings(Settings):
     targets: list[str] | Literal["all-linear"] = Field(
         default="all-linear", description="Names of the matrices with an adapter; `all-linear` is every one but the output head."
     )
+    dora: bool = Field(
+        default=False, description="Train the magnitude of each column apart from its direction (DoRA, Liu et al. 2024)."
+    )
+    rslora: bool = Field(
+        default=False, description="Scale by alpha / sqrt(rank) instead, which suits high ranks (Kalajdzievski 2023)."
+    )
+    quantize: Literal["none", "nf4"] = Field(
+        default="none",
+        description="Hold the frozen base in 4-bit NormalFloat (QLoRA, Dettmers et al. 2023): needs CUDA and bitsandbytes. The "
+        "export merges into the unquantised base.",
+    )
 
 
 class FinetuneSettings(OptimizerSettings):
-    """What SFT and DPO have in common."""
+    """What SFT and alignment have in common. Exactly one of `steps` and `epochs` is given."""
 
+    steps: int | None = Field(default=None, ge=1, description="Optimizer steps.")
+    epochs: float | None = Field(
+        default=None,
+        gt=0,
+        description="Instead of `steps`: passes over the input with the largest share of samples; the steps follow once the "
+        "examples are counted, and are stated before the first one.",
+    )
     mix_by: Literal["examples", "tokens"] = Field(
         default="examples",
         description="What the weights of inputs are shares of: examples, or tokens with loss (longer examples count more).",
@@ -38,6 +56,20 @@ class FinetuneSettings(OptimizerSettings):
     )
     learning_rate: float = Field(gt=0, description="Peak learning rate of AdamW.")
     weight_decay: float = Field(default=0.0, ge=0, description="AdamW's weight decay.")
+    sharding: Literal["none", "ddp", "fsdp2"] = Field(
+        default="ddp",
+        description="With several workers: the whole model on each (`ddp`), or weights, gradients and optimizer cut among them "
+        "(`fsdp2`); `none` insists on one worker.",
+    )
+    activation_checkpointing: bool = Field(
+        default=False, description="Compute activations again in the backward pass instead of keeping them: less memory, slower."
+    )
+
+    @model_validator(mode="after")
+    def _one_length(self) -> FinetuneSettings:
+        if (self.steps is None) == (self.epochs is None):
+            raise ValueError("give exactly one of `steps` and `epochs`")
+        return self
 
 
 class FinetuneJob(FinetuneSettings):
@@ -46,6 +78,14 @@ class FinetuneJob(FinetuneSettings):
     model: str = Field(description="Directory of the model to start from, Hugging Face layout, absolute or a URI.")
     inputs: list[RowsInput] = Field(min_length=1, description="Inputs with their weights.")
     seed: int = Field(default=0, description="Of the adapters' initial weights and the order of samples.")
+    most_steps: int | None = Field(default=None, ge=1, description="A trial run's limit: no more steps than this.")
+
+    @property
+    def planned_steps(self) -> int:
+        """The steps of a settled job (`finetune.settled`). Raises ValueError while they follow from `epochs`."""
+        if self.steps is None:
+            raise ValueError("the steps are not settled yet: they follow from `epochs` once the examples are counted")
+        return self.steps
 
 
 class SftSettings(FinetuneSettings):

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import torch
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from trl import SFTConfig, SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
@@ -19,11 +21,58 @@ from train.loader import IGNORE
 from train.parallel import Workers
 from train.settings_finetune import SftJob
 
-_ENCODED = pa.schema([pa.field("input_ids", pa.list_(pa.int32())), pa.field("labels", pa.list_(pa.int32()))])
+_ENCODED = pa.schema(
+    [
+        pa.field("input_ids", pa.list_(pa.int32())),
+        pa.field("labels", pa.list_(pa.int32())),
+        pa.field("weight", pa.float32()),  # of the example's loss
+    ]
+)
 
 
-class _Trainer(PlannedTrainer, SFTTrainer):  # type: ignore[misc]
-    pass
+@dataclass
+class Collate(DataCollatorForLanguageModeling):  # type: ignore[misc]
+    """Pads examples to the longest and passes on what the loss of each counts: `weights`, float [rows, 1]."""
+
+    def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        batch: dict[str, Any] = super().torch_call(examples)
+        batch["weights"] = torch.tensor([[example["weight"]] for example in examples], dtype=torch.float32)
+        return batch
+
+
+class Trainer(PlannedTrainer, SFTTrainer):  # type: ignore[misc]
+    """TRL's trainer with a weight for the loss of each example: the mean of weight x loss over the tokens of all workers."""
+
+    def __init__(self, *arguments: Any, **named: Any) -> None:
+        super().__init__(*arguments, **named)
+        self._sums = torch.zeros(3, dtype=torch.float64, device=self.args.device)
+
+    def _set_signature_columns_if_needed(self) -> None:
+        self._signature_columns: Any = ["input_ids", "labels", "weight"]
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> torch.Tensor:
+        if return_outputs:
+            raise ValueError("this trainer gives losses only")
+        weights = inputs.pop("weights")
+        routed = {"output_router_logits": True} if self.aux_loss_enabled else {}
+        outputs = model(**inputs, **routed, use_cache=False, fused_lm_head=True)
+        losses = -outputs.log_probs  # [rows, length - 1], zero where there is no label
+        with torch.no_grad():
+            self._sums += torch.stack([losses.sum(), outputs.is_top1.sum(), outputs.label_mask.sum()]).double()
+        # Gradients are averaged over the workers, the loss is a mean over the tokens of all of them.
+        loss = (losses * weights).sum() / num_items_in_batch.clamp(min=1) * self.accelerator.num_processes
+        if routed:  # a mean over each micro batch
+            loss = loss + self.router_aux_loss_coef * outputs.aux_loss / self.current_gradient_accumulation_steps
+        return loss
+
+    def log(self, logs: dict[str, float], *arguments: Any, **named: Any) -> None:
+        if "loss" in logs:
+            _, correct, tokens = self.accelerator.reduce(self._sums).tolist()
+            logs["mean_token_accuracy"] = correct / max(tokens, 1.0)
+            self._sums.zero_()
+        super().log(logs, *arguments, **named)
 
 
 def run(job: SftJob, directory: str, workers: Workers) -> dict[str, Any]:
@@ -43,12 +92,13 @@ def run(job: SftJob, directory: str, workers: Workers) -> dict[str, Any]:
         models.as_chat(tokenizer, model)
         model.config.use_cache = False
         examples = encode(job, tokenizer)
-        return model, tokenizer, examples, examples.mixture(job)
+        planned = finetune.settled(job, examples)
+        return model, tokenizer, examples, examples.mixture(job), planned
 
-    model, tokenizer, examples, mixture = workers.together(prepare)
+    model, tokenizer, examples, mixture, job = workers.together(prepare)
     generation = model.generation_config
     follow = Follow(workers, job, root, {"grad_norm": "gradient_norm", "mean_token_accuracy": "accuracy"}, examples)
-    trainer = _Trainer(
+    trainer = Trainer(
         model=model,
         args=SFTConfig(
             **finetune.arguments(job, workers, finetune.output_directory(root)),
@@ -57,7 +107,7 @@ def run(job: SftJob, directory: str, workers: Workers) -> dict[str, Any]:
             packing=False,
             shuffle_dataset=False,
         ),
-        data_collator=DataCollatorForLanguageModeling(pad_token_id=tokenizer.pad_token_id),
+        data_collator=Collate(pad_token_id=tokenizer.pad_token_id),
         train_dataset=finetune.dataset(examples),
         processing_class=tokenizer,
         callbacks=[follow],
@@ -81,7 +131,7 @@ def encode(job: SftJob, tokenizer: PreTrainedTokenizerBase) -> Examples:
         for batch in finetune.rows_of([item.directory], ["id", "messages", "tools"]):
             rows = finetune.without_control_tokens(batch, ["messages"], tokenizer, aside).to_pydict()
             encoded = encode_conversations(tokenizer, rows["messages"], rows["tools"])
-            columns: dict[str, list[list[int]]] = {"input_ids": [], "labels": []}
+            columns: dict[str, list[Any]] = {"input_ids": [], "labels": [], "weight": []}
             for key, (input_ids, labels) in zip(rows["id"], encoded, strict=True):
                 cut = labels[: job.max_length]
                 count = sum(label != IGNORE for label in cut)
@@ -90,6 +140,7 @@ def encode(job: SftJob, tokenizer: PreTrainedTokenizerBase) -> Examples:
                     continue
                 columns["input_ids"].append(input_ids[: job.max_length])
                 columns["labels"].append(cut)
+                columns["weight"].append(item.loss_weight)
                 kept_ids.append(key)
                 kept_tokens.append(count)
             spool.write(columns)

@@ -36,8 +36,12 @@ def run_job(context: StageContext, kind: str, config: dict[str, Any]) -> dict[st
     group = context.services["train"]()
 
     def progress(done: int, total: int, note: str, metrics: dict[str, Any]) -> None:
-        shown = f"{note}, loss {metrics['loss']:.3f}" if "loss" in metrics else note
-        context.progress(done, total, shown)
+        shown = [note, f"loss {metrics['loss']:.3f}"] if "loss" in metrics else [note]
+        if "tokens_per_second" in metrics:
+            shown.append(f"{metrics['tokens_per_second']:,.0f} tokens/s")
+        if "mfu" in metrics:
+            shown.append(f"MFU {metrics['mfu']:.1%}")
+        context.progress(done, total, ", ".join(shown))
 
     try:
         return dict(group.run({"kind": kind, "config": config, "directory": context.directory}, progress, context.cancelled.is_set))
