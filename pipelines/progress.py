@@ -12,6 +12,22 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 _LINE_EVERY_S = 15.0
 
 
+class _Pace:
+    """How long a stage will still take at its pace since it was first seen (what was resumed says nothing about that)."""
+
+    def __init__(self, done: int) -> None:
+        self._since, self._first = time.monotonic(), done
+
+    def left(self, done: int, total: int) -> str:
+        """`about 3:20 left`, nothing while nobody can tell."""
+        elapsed = time.monotonic() - self._since
+        if done <= self._first or elapsed < 1 or done >= total:
+            return ""
+        seconds = round(elapsed * (total - done) / (done - self._first))
+        clock = f"{seconds // 60}:{seconds % 60:02d}" if seconds < 3600 else f"{seconds // 3600}:{seconds // 60 % 60:02d} h"
+        return f"about {clock} left"
+
+
 class Display:
     """Progress of several stages at once. Safe to call from the stages' threads."""
 
@@ -20,6 +36,7 @@ class Display:
         self._lock = threading.Lock()
         self._tasks: dict[str, Any] = {}
         self._told: dict[str, float] = {}
+        self._paces: dict[str, _Pace] = {}
         self._began = time.monotonic()
         self._bars: Progress | None = None
 
@@ -32,6 +49,7 @@ class Display:
                 MofNCompleteColumn(),
                 TextColumn("{task.fields[note]}", markup=False),
                 TimeElapsedColumn(),
+                TextColumn("{task.fields[left]}", markup=False),
                 console=self.console,
             )
             self._bars.start()
@@ -56,13 +74,16 @@ class Display:
     def progress(self, name: str, done: int, total: int, note: str) -> None:
         """How far a stage is; on a terminal a bar, elsewhere a line every 15 seconds at most."""
         with self._lock:
+            if name not in self._paces:
+                self._paces[name] = _Pace(done)
+            left = self._paces[name].left(done, total)
             if self._bars is not None:
                 if name not in self._tasks:
-                    self._tasks[name] = self._bars.add_task(name, total=total, stage=name, note=note)
-                self._bars.update(self._tasks[name], completed=done, total=total, note=note)
+                    self._tasks[name] = self._bars.add_task(name, total=total, stage=name, note=note, left="")
+                self._bars.update(self._tasks[name], completed=done, total=total, note=note, left=left)
                 return
             now = time.monotonic()
             if now - self._told.setdefault(name, now) < _LINE_EVERY_S:
                 return
             self._told[name] = now
-        self.line(f"{name}: {done:,} of {total:,} {note}")
+        self.line(f"{name}: {done:,} of {total:,} {note}{left and ', '}{left}")
