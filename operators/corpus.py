@@ -173,17 +173,9 @@ def _crashed(table: pa.Table, rows: np.ndarray, reasons: dict[int, str]) -> list
     if not table.num_rows:
         return []
     texts = table["text"].to_pylist() if "text" in table.column_names else [None] * table.num_rows
+    found = tables.crashed(table["id"].to_pylist(), rows.tolist(), reasons, "chain")
     return [
-        {
-            "id": table["id"][i].as_py(),
-            "text": texts[i],
-            "source": table["source"][i].as_py(),
-            "operator": "chain",
-            "reason": f"crash: {reasons[int(row)]}",
-            "detail": f"row {row} of its unit",
-            "quarantined": True,
-        }
-        for i, row in enumerate(rows)
+        {**row, "text": text, "source": source} for row, text, source in zip(found, texts, table["source"].to_pylist(), strict=True)
     ]
 
 

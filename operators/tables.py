@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -91,6 +91,20 @@ def rejects_table(rows: Sequence[dict[str, Any]]) -> pa.Table:
     """REJECTS from row dictionaries; absent keys become null, `quarantined` defaults to False."""
     filled = [{"quarantined": False, **row} for row in rows]
     return pa.table({f.name: pa.array([row.get(f.name) for row in filled], f.type) for f in REJECTS}, schema=REJECTS)
+
+
+def crashed(ids: Sequence[str], rows: Sequence[int], reasons: Mapping[int, str], operator: str) -> list[dict[str, Any]]:
+    """Rejects for rows (numbers within their unit) that ended the process that worked on them."""
+    return [
+        {
+            "id": key,
+            "operator": operator,
+            "reason": f"crash: {reasons[row]}",
+            "detail": f"row {row} of its unit",
+            "quarantined": True,
+        }
+        for key, row in zip(ids, rows, strict=True)
+    ]
 
 
 def stable_id(*pieces: str | int) -> str:

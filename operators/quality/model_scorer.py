@@ -203,19 +203,11 @@ def score_unit(task: Task, report: Report) -> dict[str, Any]:
             continue
         ledger.rows_in += batch.num_rows
         _write(writer, ledger, stats, set_column(healthy, scoring.column, pa.array(scores, from_pandas=True)), scores, scoring)
-        crashed = [
-            {
-                "id": batch["id"][int(row - rows[0])].as_py(),
-                "operator": "score",
-                "reason": f"crash: {task.set_aside[int(row)]}",
-                "detail": f"row {row} of its unit",
-                "quarantined": True,
-            }
-            for row in rows[np.isin(rows, aside)]
-        ]
-        if crashed:
-            ledger.quarantined += len(crashed)
-            writer.reject(tables.rejects_table(crashed))
+        guilty = np.isin(rows, aside)
+        if guilty.any():
+            ledger.quarantined += int(guilty.sum())
+            ids = batch["id"].filter(pa.array(guilty)).to_pylist()
+            writer.reject(tables.rejects_table(tables.crashed(ids, rows[guilty].tolist(), task.set_aside, "score")))
     if writer is None:
         return {}
     writer.commit(ledger, stats)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any, ClassVar, Literal, cast
 
 from cluster import storage
@@ -12,7 +11,7 @@ from operators.config import SettingsError
 from operators.ledger import merge_stats
 from operators.stage import StageContext
 from operators.synthesis.engine import EngineSettings, check_engine, engine_revision
-from operators.synthesis.flow import Flow
+from operators.synthesis.flow import Flow, asks_nothing
 from operators.synthesis.generator import Generator
 from operators.synthesis.length_bias import biases
 from operators.synthesis.packaged import PREFIX, ModelError
@@ -22,7 +21,7 @@ from operators.synthesis.routing import RoutedEngine
 from operators.synthesis.rows import INSTRUCTIONS, Account
 from operators.synthesis.scoring import OpenPrompt, Panel, ScoringSettings, open_prompt
 from operators.synthesis.seen import SeenHashes
-from pipelines.stages.generating import GeneratingStage, Row, follow_rows
+from pipelines.stages.generating import GeneratingStage, Row, follow_rows, located, short_name
 
 Duplicates = Literal["reject", "answer"]
 
@@ -74,9 +73,6 @@ class AnsweringStage(GeneratingStage):
             found.append(storage.join(reward.model, "*.*"))
         return found
 
-    def engine_settings(self, context: StageContext) -> EngineSettings:
-        return _located(self.generator, context)
-
     def reward_settings(self, context: StageContext) -> RewardSettings | None:
         """The reward model's settings with its path."""
         reward = self._scoring.reward
@@ -93,9 +89,9 @@ class AnsweringStage(GeneratingStage):
         judge_revision = reward_revision_ = ""
         scorer: list[RewardEngine] = []
         if judge is not None:
-            located = _located(judge, context)
-            judge_revision = engine_revision(located, context.cache_directory)
-            others[judge_revision] = lambda: cast(TextEngine, context.services["engine"](located))
+            asked = located(judge, context)
+            judge_revision = engine_revision(asked, context.cache_directory)
+            others[judge_revision] = lambda: cast(TextEngine, context.services["engine"](asked))
         if reward is not None:
             reward_revision_ = reward_revision(reward, context.cache_directory)
 
@@ -112,9 +108,9 @@ class AnsweringStage(GeneratingStage):
             context.seed,
             self.model_name,
             generator.revision,
-            _named(judge.model) if judge is not None else "",
+            short_name(judge.model) if judge is not None else "",
             judge_revision if judge_revision != generator.revision else "",
-            _named(self._scoring.reward.model) if self._scoring.reward is not None else "",
+            short_name(self._scoring.reward.model) if self._scoring.reward is not None else "",
             reward_revision_,
         )
 
@@ -173,16 +169,4 @@ def rejected(kind: str, row: Row, why: Reject) -> Flow[Account]:
     """The flow of a row that is not asked about."""
     account = Account(kind)
     account.reject(row["id"], text_of(row), why, created=False)
-    return account
-    yield []  # makes this a generator that asks nothing
-
-
-def _located(settings: EngineSettings, context: StageContext) -> EngineSettings:
-    """Settings with the path of the model in place of `@STAGE`."""
-    if not settings.model.startswith("@"):
-        return settings
-    return settings.model_copy(update={"model": context.model_of(settings.model[1:])})
-
-
-def _named(model: str) -> str:
-    return model.removeprefix(PREFIX) if model.startswith((PREFIX, "@")) else Path(model).name
+    return asks_nothing(account)

@@ -24,7 +24,7 @@ from operators.synthesis.documents.method import DOCUMENT_INSTRUCTIONS, OPERATOR
 from operators.synthesis.documents.passage import Passage
 from operators.synthesis.documents.quotas import spread
 from operators.synthesis.documents.settings import DocumentSettings
-from operators.synthesis.flow import Flow
+from operators.synthesis.flow import Flow, asks_nothing
 from operators.synthesis.heuristics import language_of
 from operators.synthesis.novelty import NoveltyPool
 from operators.synthesis.packaged import resolve_model
@@ -191,8 +191,7 @@ def _left(row: Row) -> Flow[Account]:
     """The flow of a document that nothing is asked about."""
     account = Account(OPERATOR)
     _enter(row, account)
-    return account
-    yield []  # makes this a generator
+    return asks_nothing(account)
 
 
 def _count(row: Row, account: Account, documents: dict[str, Any], chunks: dict[str, int]) -> None:

@@ -18,7 +18,7 @@ from operators.ledger import Equation, merge_stats
 from operators.stage import Stage, StageContext
 from operators.synthesis.cache import ReplyCache
 from operators.synthesis.engine import EngineSettings, check_engine, engine_revision
-from operators.synthesis.flow import Flow
+from operators.synthesis.flow import Flow, asks_nothing
 from operators.synthesis.generator import Generator, Usage
 from operators.synthesis.packaged import PREFIX, ModelError
 from operators.synthesis.requests import Reject
@@ -79,8 +79,7 @@ class GeneratingStage(Stage):
 
     def engine_settings(self, context: StageContext) -> EngineSettings:
         """The generator's settings with the path of the model in place of `@STAGE`."""
-        stages = self.model_stages()
-        return self.generator.model_copy(update={"model": context.model_of(stages[0])}) if stages else self.generator
+        return located(self.generator, context)
 
     def make_generator(self, context: StageContext) -> Generator:
         """A generator over the run's reply cache; the engine is asked for when the first reply is missing."""
@@ -110,9 +109,8 @@ class GeneratingStage(Stage):
 
     @property
     def model_name(self) -> str:
-        """The model as provenance names it: without the folder it lies in."""
-        model = self.generator.model
-        return model.removeprefix(PREFIX) if model.startswith((PREFIX, "@")) else Path(model).name
+        """The model as provenance names it."""
+        return short_name(self.generator.model)
 
     def run_rows(
         self,
@@ -149,7 +147,7 @@ class GeneratingStage(Stage):
                     yield flow_of(row)
                 else:
                     waiting.append(row)
-                    yield 0, _settled()
+                    yield 0, asks_nothing(Account(""))  # its unit is committed
                 number += 1
 
         unit, inside, capped = 0, 0, False
@@ -233,10 +231,16 @@ class GeneratingStage(Stage):
         context.finish(stats=merge_stats(found, stats or {}), timings=timings, equations=equations)
 
 
-def _settled() -> Flow[Account]:
-    """The flow of a row whose unit is committed: asks nothing."""
-    return Account("")
-    yield []  # makes this a generator
+def located(settings: EngineSettings, context: StageContext) -> EngineSettings:
+    """Settings with the path of the model in place of `@STAGE`."""
+    if not settings.model.startswith("@"):
+        return settings
+    return settings.model_copy(update={"model": context.model_of(settings.model[1:])})
+
+
+def short_name(model: str) -> str:
+    """A model without the folder it lies in."""
+    return model.removeprefix(PREFIX) if model.startswith((PREFIX, "@")) else Path(model).name
 
 
 def listed(value: str | list[str]) -> list[str]:

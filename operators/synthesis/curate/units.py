@@ -159,19 +159,10 @@ def curate_unit(task: Task, report: Report) -> dict[str, Any]:
             merge_stats(stats, {"funnel": result.funnel, "measures": histograms(result.measures, chain), **describe(kept)})
         for rejected in rejects:
             writer.reject(rejected)
-        crashed = [
-            {
-                "id": table["id"][int(row - rows[0])].as_py(),
-                "operator": "chain",
-                "reason": f"crash: {task.set_aside[int(row)]}",
-                "detail": f"row {row} of its unit",
-                "quarantined": True,
-            }
-            for row in rows[guilty]
-        ]
-        if crashed:
-            ledger.quarantined += len(crashed)
-            writer.reject(tables.rejects_table(crashed))
+        if guilty.any():
+            ledger.quarantined += int(guilty.sum())
+            ids = table["id"].filter(pa.array(guilty)).to_pylist()
+            writer.reject(tables.rejects_table(tables.crashed(ids, rows[guilty].tolist(), task.set_aside, "chain")))
     if writer is None:
         return {}
     writer.commit(ledger, stats)
