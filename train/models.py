@@ -12,7 +12,7 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from cluster import storage
-from train import artifacts
+from train import adapters, artifacts
 from train.settings import ModelShape
 
 END_OF_TEXT, TURN_START, TURN_END, PADDING = "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|pad|>"
@@ -83,12 +83,17 @@ def create(config: LlamaConfig | Qwen3Config, seed: int) -> PreTrainedModel:
 def load(path: str) -> PreTrainedModel:
     """A checkpoint in Hugging Face layout from a local directory or URI, float32, without remote code or network.
 
-    Raises FileNotFoundError naming what is absent.
+    An adapter that is not merged yet (`train.adapters` says where one may lie) is merged here, so that what trains from
+    this model begins at base + adapter. Raises FileNotFoundError naming what is absent.
     """
+    found = adapters.find(path)
+    if found is not None and not found.inside:
+        return adapters.merge(adapters.attach(load(found.base), found.adapter))
     directory = model_directory(path)
-    return AutoModelForCausalLM.from_pretrained(
+    model = AutoModelForCausalLM.from_pretrained(
         directory, local_files_only=True, trust_remote_code=False, dtype=torch.float32, attn_implementation="sdpa"
     )
+    return model if found is None else adapters.merge(adapters.attach(model, found.adapter))
 
 
 def model_directory(path: str) -> Path:
@@ -105,7 +110,13 @@ def model_directory(path: str) -> Path:
 
 
 def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
-    """The tokenizer of a checkpoint directory."""
+    """The tokenizer of a checkpoint directory; of an adapter's own, if it has one, else its base's."""
+    found = adapters.find(path)
+    if found is not None:
+        if (found.adapter / "tokenizer_config.json").is_file():
+            return AutoTokenizer.from_pretrained(found.adapter, local_files_only=True, trust_remote_code=False)
+        if not found.inside:
+            return load_tokenizer(found.base)
     return AutoTokenizer.from_pretrained(model_directory(path), local_files_only=True, trust_remote_code=False)
 
 
