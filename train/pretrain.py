@@ -29,6 +29,7 @@ from train.errors import JobCancelled, NonFiniteLoss
 from train.loader import IGNORE, Batch, PackedTokens, TokenLoader, micro_batches, rank_positions, tokenizer_file
 from train.parallel import Workers
 from train.settings import PretrainJob
+from train.tracking import Tracked
 
 
 def run(job: PretrainJob, directory: str, workers: Workers) -> dict[str, Any]:
@@ -261,7 +262,12 @@ def main(arguments: list[str]) -> None:
 
     job = parse(PretrainJob, json.loads(storage.read_bytes(arguments[0])), arguments[0])
     workers = Workers.here(report)
-    result = run(job, storage.absolute(arguments[1], "."), workers)
+    directory = storage.absolute(arguments[1], ".")
+    tracked = workers.on_first(lambda: Tracked(report, job.track, directory, "pretrain"))
+    workers.report = tracked or report
+    result = run(job, directory, workers)
+    if tracked is not None:
+        tracked.close("FINISHED")
     if workers.first:
         print(json.dumps({key: value for key, value in result.items() if key != "curve"}))
     if torch.distributed.is_initialized():

@@ -15,6 +15,8 @@ import shutil
 import tempfile
 import threading
 import time
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, Literal
 
 from cluster import storage
@@ -108,6 +110,20 @@ class TensorBoard:
         if storage.is_remote(self._directory):
             shutil.rmtree(self._local, ignore_errors=True)
         return {}
+
+
+def events(directory: Path) -> Iterator[tuple[float, int, str, float]]:
+    """(seconds since 1970, step, name, value) of every point in the event files of a local directory."""
+    from tensorboardX.proto.event_pb2 import Event
+
+    for file in sorted(directory.iterdir()):
+        data, at = file.read_bytes(), 0
+        while at < len(data):  # a TFRecord: length (8 bytes), its checksum (4), the message, its checksum (4)
+            size = int.from_bytes(data[at : at + 8], "little")
+            event = Event.FromString(data[at + 12 : at + 12 + size])
+            for value in event.summary.value:
+                yield event.wall_time, event.step, value.tag, value.simple_value
+            at += size + 16
 
 
 class MLflow:

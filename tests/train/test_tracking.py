@@ -10,7 +10,7 @@ import pytest
 
 from operators.config import SettingsError, parse
 from train.settings import TrackSettings
-from train.tracking import Tracked
+from train.tracking import Tracked, events
 
 
 def _report(told: list[int]) -> Any:
@@ -19,21 +19,6 @@ def _report(told: list[int]) -> Any:
         return done == 3
 
     return report
-
-
-def _events(directory: Path) -> list[tuple[int, str, float]]:
-    """(step, tag, value) of all event files, read record by record (TFRecord: length, crc, data, crc)."""
-    from tensorboardX.proto.event_pb2 import Event
-
-    found = []
-    for file in sorted(directory.iterdir()):
-        data, at = file.read_bytes(), 0
-        while at < len(data):
-            size = int.from_bytes(data[at : at + 8], "little")
-            event = Event.FromString(data[at + 12 : at + 12 + size])
-            found += [(event.step, value.tag, value.simple_value) for value in event.summary.value]
-            at += size + 16
-    return found
 
 
 def test_every_number_of_a_step_becomes_a_point_and_the_wish_to_stop_comes_through(tmp_path: Path) -> None:
@@ -45,9 +30,9 @@ def test_every_number_of_a_step_becomes_a_point_and_the_wish_to_stop_comes_throu
     ]
     timings = tracked.close("FINISHED")
     assert told == [1, 2, 3] and stops == [False, False, True]
-    events = _events(tmp_path / "tensorboard")
-    assert [(step, value) for step, tag, value in events if tag == "loss"] == [(1, 4.0), (2, 2.0), (3, pytest.approx(4 / 3))]
-    assert {tag for _, tag, _ in events} == {"loss", "tokens", "tokens_per_second"}
+    points = [point[1:] for point in events(tmp_path / "tensorboard")]
+    assert [(step, value) for step, tag, value in points if tag == "loss"] == [(1, 4.0), (2, 2.0), (3, pytest.approx(4 / 3))]
+    assert {tag for _, tag, _ in points} == {"loss", "tokens", "tokens_per_second"}
     assert [point["step"] for point in timings["curve"]] == [2, 3] and all(p["tokens_per_second"] > 0 for p in timings["curve"])
 
 
