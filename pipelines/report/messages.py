@@ -312,6 +312,8 @@ MESSAGES: dict[str, tuple[str, str]] = {
     "training.loss": ("Loss", "损失"),
     "training.learning_rate": ("Learning rate", "学习率"),
     "training.gradient_norm": ("Gradient norm", "梯度范数"),
+    "training.tokens_per_second": ("Tokens a second", "每秒词元数"),
+    "training.mfu": ("Model FLOPs utilisation (MFU)", "模型算力利用率（MFU）"),
     "training.margin": ("Reward margin", "奖励差"),
     "training.accuracy": ("Accuracy", "准确率"),
     "training.mixture": ("Mixture, samples by input", "数据配比（按输入计样本）"),

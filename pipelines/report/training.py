@@ -16,6 +16,7 @@ from pipelines.report.view import TRAINING_KINDS, RunView, StageView
 
 _AXES = {"step", "tokens", "samples", "epoch", "seconds", "time"}  # what curves run along, not what they show
 _FIRST = ("loss", "learning_rate")
+_FROM_ZERO = {"learning_rate", "tokens_per_second", "mfu"}
 TABLE_ROWS = 12
 
 
@@ -38,7 +39,7 @@ def panels(run: RunView) -> list[Panel]:
     for kind in TRAINING_KINDS:
         stages = [stage for stage in run.of_kind(kind) if curve(stage)]
         measures = [name for name in _FIRST if any(_points(stage, name) for stage in stages)]
-        others = {name for stage in stages for point in curve(stage) for name in point} - _AXES - set(_FIRST)
+        others = {name for stage in stages for point in [*curve(stage), *_timed(stage)] for name in point} - _AXES - set(_FIRST)
         measures += sorted(name for name in others if any(len(_points(stage, name)) > 1 for stage in stages))
         for measure in measures:
             series = [
@@ -50,7 +51,7 @@ def panels(run: RunView) -> list[Panel]:
                 Panel(
                     kind,
                     measure,
-                    charts.lines(series, x_name="step", y_from_zero=measure == "learning_rate"),
+                    charts.lines(series, x_name="step", y_from_zero=measure in _FROM_ZERO),
                     [(line.style, line.name) for line in series if line.name],
                     _table(series),
                     [line.name or measure for line in series],
@@ -66,8 +67,14 @@ def curve(stage: StageView) -> list[dict[str, Any]]:
     return [point for point in points if isinstance(point, dict) and isinstance(point.get("step"), int | float)]
 
 
+def _timed(stage: StageView) -> list[dict[str, Any]]:
+    """Points that are no result but a measurement of the machine: tokens a second, MFU."""
+    points = stage.timings.get("curve", [])
+    return [point for point in points if isinstance(point, dict) and isinstance(point.get("step"), int | float)]
+
+
 def _points(stage: StageView, measure: str) -> list[tuple[float, float]]:
-    points = [(float(point["step"]), point.get(measure)) for point in curve(stage)]
+    points = [(float(point["step"]), point.get(measure)) for point in [*curve(stage), *_timed(stage)]]
     return sorted((x, float(y)) for x, y in points if isinstance(y, int | float) and not isinstance(y, bool))
 
 

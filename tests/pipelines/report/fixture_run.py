@@ -560,7 +560,11 @@ def _training(writer: _Writer) -> None:
                 "set_aside": {"too_long": 2} if stage == "chat" else {},
             },
             files={"model": "model"},
-            timings={"seconds": next(s for n, _, _, s in ORDER if n == stage), "tokens_per_second": speed},
+            timings={
+                "seconds": next(s for n, _, _, s in ORDER if n == stage),
+                "tokens_per_second": speed,
+                "curve": [{"step": point["step"], "tokens_per_second": speed + point["step"]} for point in points],
+            },
         )
 
 

@@ -95,7 +95,9 @@ def test_the_cost_of_model_calls_stands_beside_their_tokens(page: Element) -> No
 def test_training_tables_hold_the_last_point_of_every_curve(finished_run: Path, page: Element) -> None:
     text = page.by_id("training").text()
     for stage in ("base", "chat", "wide", "aligned"):
-        assert number(_manifest(finished_run, stage).stats["curve"][-1]["loss"]) in text
+        manifest = _manifest(finished_run, stage)
+        assert number(manifest.stats["curve"][-1]["loss"]) in text
+        assert number(manifest.timings["curve"][-1]["tokens_per_second"]) in text  # measured beside the result, shown with it
 
 
 def test_examples_come_from_the_rejected_rows_themselves(page: Element) -> None:
