@@ -46,6 +46,17 @@ class Share(Settings):
     loss_weight: float = Field(default=1.0, gt=0, description="What the loss of its tokens counts, apart from how often they come.")
 
 
+class EwcTerm(Settings):
+    """One quadratic penalty on moving away from a model (elastic weight consolidation, Kirkpatrick et al. 2017)."""
+
+    fisher: str = Field(description="What a `fisher` stage made: in a recipe the stage, or a path (with a `/`).")
+    strength: float = Field(
+        gt=0,
+        description="Factor of 1/2 F (theta - theta*)^2, where F is the stage's Fisher diagonal, of mean 1 for each task: the same "
+        "number holds a model as strongly whatever its size, like a weight decay towards theta* of that coefficient.",
+    )
+
+
 class TrackSettings(Settings):
     """Where the curves of a training go besides the run's report."""
 
