@@ -7,9 +7,12 @@ that divides B. Nothing is split before it is given to the trainer (data split t
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import math
 import os
 import re
+import shutil
 import tempfile
 import time
 import uuid
@@ -25,28 +28,31 @@ import pyarrow.compute as pc
 import torch
 from datasets import Dataset
 from datasets.table import InMemoryTable
-from peft import LoraConfig, PeftModel
+from peft import PeftModel
 from torch.distributed.tensor import DTensor
 from torch.utils.data import Sampler
 from transformers import GenerationConfig, PrinterCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+from transformers.trainer import TRAINER_STATE_NAME
 
 from cluster import storage
 from operators import shards
-from train import artifacts, checkpoint, models, samples
+from train import adapters, artifacts, checkpoint, models, samples, sharding, snapshots
 from train.errors import JobCancelled, NonFiniteLoss
+from train.lora import adapter_config as adapter_config
 from train.mixture import Mixture
 from train.parallel import Workers
-from train.settings_finetune import FinetuneJob, LoraSettings
+from train.settings_finetune import FinetuneJob
 
 J = TypeVar("J", bound=FinetuneJob)
+HELD_OUT_LOSS = "held_out_loss"
 
 Penalty = Callable[[Mapping[str, torch.nn.Parameter]], torch.Tensor]
 """A term of the loss that depends on the weights alone, such as EWC's: called once per optimizer step with the trained
 parameters by name, after the backward pass of the last micro batch and before clipping. It adds its gradient to each
 `parameter.grad` (which may be None) and returns its value, a scalar that is the same on every worker. Gradients are those
 of the mean over all workers by then, so nothing is scaled by their number. Under FSDP2 parameters and gradients are
-DTensors cut along the first dimension: work on `local(...)` and sum the value over workers."""
+DTensors cut along the first dimension: work on `sharding.local(...)` and sum the value over workers."""
 
 
 @dataclass
@@ -57,6 +63,7 @@ class Examples:
     ids: list[pa.Array]  # of each input
     tokens: list[np.ndarray]  # tokens with loss, of each input's rows
     set_aside: dict[str, int]
+    held_out: pa.Table | None = None  # encoded alike, never trained on
 
     @property
     def offsets(self) -> np.ndarray:
@@ -86,11 +93,16 @@ def rows_of(directories: Sequence[str], columns: Sequence[str], limit: int | Non
                 return
 
 
+def control_pattern(tokenizer: PreTrainedTokenizerBase) -> str:
+    """A regular expression for the text of any special token."""
+    return "|".join(re.escape(token.content) for token in tokenizer.added_tokens_decoder.values() if token.special)
+
+
 def without_control_tokens(
     batch: pa.RecordBatch, columns: Sequence[str], tokenizer: PreTrainedTokenizerBase, aside: Counter[str]
 ) -> pa.RecordBatch:
     """The rows none of whose messages contains the text of a special token, which would be read as control; others are counted."""
-    pattern = "|".join(re.escape(token.content) for token in tokenizer.added_tokens_decoder.values() if token.special)
+    pattern = control_pattern(tokenizer)
     keep = np.ones(batch.num_rows, bool)
     for column in columns:
         values = batch[column]
@@ -194,11 +206,6 @@ def announcement(job: FinetuneJob, planned: dict[str, Any]) -> str:
     )
 
 
-def local(tensor: torch.Tensor) -> torch.Tensor:
-    """The part of a tensor that this worker holds: a shard under FSDP2, else all of it."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
 class PlannedTrainer:
     """Mixed into a TRL trainer: takes rows in the planned order, decays by Schedule, never draws a model card.
 
@@ -207,14 +214,52 @@ class PlannedTrainer:
 
     order: np.ndarray
     job: FinetuneJob
+    workers: Workers
+    root: str
     penalties: Mapping[str, Penalty] = {}
     _penalty_values: Mapping[str, torch.Tensor] = {}
+
+    def _prepare_for_training(self, *arguments: Any, **named: Any) -> Any:
+        """Cuts the model first, where that is asked for: the optimizer is made of what it holds then."""
+        trainer: Any = self
+        if self.job.sharding == "fsdp2" and self.workers.world > 1:
+            sharding.shard(trainer.model, self.workers)
+            trainer.is_distributed_loading_by_transformers = True  # "the model owns its placement": no DDP around it
+        return super()._prepare_for_training(*arguments, **named)  # type: ignore[misc]
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """Checkpoints in a layout of our own: no pickles, and any number of workers reads them (`train.snapshots`)."""
+        trainer: Any = self
+        state = json.dumps(dataclasses.asdict(trainer.state), sort_keys=True)
+        destination = storage.join(self.root, f"checkpoint-{trainer.state.global_step}")
+        parameters = sharding.trained(trainer.model)
+        optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
+        snapshots.save(destination, parameters, optimizer, {TRAINER_STATE_NAME: state}, self.workers)
+        self.workers.on_first(lambda: checkpoint.prune(self.root))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """Weights are read with the optimizer's state, once the model is as it will be trained."""
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None:
+            return
+        trainer: Any = self
+        optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
+        directory = Path(checkpoint)
+        self.workers.together(lambda: snapshots.load(directory, sharding.trained(trainer.model), optimizer))
+        step = int(json.loads((directory / TRAINER_STATE_NAME).read_text("utf-8"))["global_step"])
+        trainer.lr_scheduler.last_epoch = step
+        for group, rate in zip(optimizer.param_groups, trainer.lr_scheduler.base_lrs, strict=True):
+            group["lr"] = rate * self.job.schedule.factor(step, self.job.planned_steps)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            snapshots.load_random_states(Path(checkpoint), self.workers)
 
     def _clip_grad_norm(self, model: torch.nn.Module) -> torch.Tensor:
         trainer: Any = self
         if self.penalties:
-            whole = trainer.accelerator.unwrap_model(model)
-            parameters = {name: parameter for name, parameter in whole.named_parameters() if parameter.requires_grad}
+            parameters = sharding.trained(trainer.accelerator.unwrap_model(model))
             self._penalty_values = {name: penalty(parameters) for name, penalty in self.penalties.items()}
         norm = super()._clip_grad_norm(model)  # type: ignore[misc]
         return norm.full_tensor() if isinstance(norm, DTensor) else norm
@@ -239,15 +284,45 @@ class PlannedTrainer:
 
 
 class Follow(TrainerCallback):
-    """Reports each step, collects the curve, marks finished checkpoints, and stops where all workers agree to."""
+    """Reports each step, collects the curve, and stops where all workers agree to: because the user asked, or early.
+
+    A point with `held_out_loss` is an evaluation: the best one's weights are kept in `root`/best-STEP, and with `patience`
+    training stops after so many evaluations without a better one.
+    """
 
     def __init__(self, workers: Workers, job: FinetuneJob, root: str, keys: dict[str, str], examples: Examples) -> None:
         self.workers, self.job, self.root, self.keys, self.examples = workers, job, root, keys, examples
         self.curve: list[dict[str, Any]] = []
         self.penalties: tuple[str, ...] = ()
+        self.patience: int | None = getattr(job, "patience", None)
+        self.keep: Callable[[int], None] = lambda step: None
+        self.best: dict[str, Any] | None = None
+        self.worse = 0  # evaluations since the best one
         self.stopped = False
         self.seconds = 0.0
         self._started = 0.0
+
+    @property
+    def exhausted(self) -> bool:
+        """True when training is to stop early."""
+        return self.patience is not None and self.worse >= self.patience
+
+    def recall(self, log: Sequence[dict[str, Any]]) -> None:
+        """Take up the curve and the evaluations of a run that goes on."""
+        self.curve = [point for point in map(self._point, log) if point is not None]
+        self.best, self.worse = None, 0
+        for point in self.curve:
+            self._judge(point)
+
+    def _judge(self, point: dict[str, Any]) -> bool:
+        """Count an evaluation; True when it is the best so far."""
+        if HELD_OUT_LOSS not in point:
+            return False
+        better = self.best is None or point[HELD_OUT_LOSS] < self.best[HELD_OUT_LOSS]
+        if better:
+            self.best = point
+        self.worse = 0 if better else self.worse + 1
+        return better
 
     def announce(self, note: str, done: int) -> None:
         """Tell what is about to be done. Raises JobCancelled when the user has asked to stop already."""
@@ -255,7 +330,7 @@ class Follow(TrainerCallback):
             raise JobCancelled(f"stopped before step {done + 1}")
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self.curve = [point for point in map(self._point, state.log_history) if point is not None]
+        self.recall(state.log_history)
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self._started = time.perf_counter()
@@ -272,6 +347,10 @@ class Follow(TrainerCallback):
                 f"{point['learning_rate']:.3g}. Lower the learning rate or look at these examples; the last checkpoint is "
                 f"in {self.root}"
             )
+        if self._judge(point):
+            self.keep(point["step"])
+        if self.exhausted:
+            control.should_training_stop = True
         if self.workers.stop_requested(state.global_step, self.job.planned_steps, "steps", point):
             self.stopped = True
             control.should_save = control.should_training_stop = True
@@ -288,27 +367,17 @@ class Follow(TrainerCallback):
             return None
         point = {"step": int(entry["step"]), "loss": entry["loss"], "learning_rate": entry["learning_rate"]}
         point.update({name: entry[key] for key, name in self.keys.items() if key in entry})
-        point.update({name: entry[name] for name in self.penalties if name in entry})
+        point.update({name: entry[name] for name in (*self.penalties, HELD_OUT_LOSS) if name in entry})
         return point
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.seconds += time.perf_counter() - self._started
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        # Every worker has written its share once all have come here; only then is the checkpoint whole.
-        def mark() -> None:
-            local = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
-            if storage.is_remote(self.root):
-                artifacts.publish(local, storage.join(self.root, local.name))
-                checkpoint.prune(self.root)
-            else:
-                artifacts.write_marker(local)
-
-        self.workers.on_first(mark)
-
 
 def arguments(job: FinetuneJob, workers: Workers, output: str) -> dict[str, Any]:
-    """The settings that both trainers are given. Raises ValueError when the batch does not divide."""
+    """The settings that all trainers are given; `output` is scratch. Raises ValueError when the batch does not divide."""
+    if job.sharding == "none" and workers.world > 1:
+        raise ValueError(f"sharding: none insists on one worker, and there are {workers.world}; use ddp or fsdp2")
     if job.batch_examples % workers.world:
         raise ValueError(f"a global batch of {job.batch_examples} examples does not divide among {workers.world} workers")
     share = job.batch_examples // workers.world
@@ -328,7 +397,6 @@ def arguments(job: FinetuneJob, workers: Workers, output: str) -> dict[str, Any]
         "logging_nan_inf_filter": False,
         "save_strategy": "steps",
         "save_steps": min(job.checkpoint_every, job.planned_steps),
-        "save_total_limit": checkpoint.KEEP,
         "report_to": "none",
         "push_to_hub": False,
         "disable_tqdm": True,
@@ -343,19 +411,6 @@ def arguments(job: FinetuneJob, workers: Workers, output: str) -> dict[str, Any]
         "data_seed": job.seed,
         "ddp_find_unused_parameters": False,
     }
-
-
-def adapter_config(lora: LoraSettings | None) -> LoraConfig | None:
-    """What a TRL trainer is given to wrap the model with; the fresh adapter is no change at all.
-
-    Handing over the configuration, not a wrapped model, makes DPO take the model without adapter as its reference.
-    """
-    if lora is None:
-        return None
-    return LoraConfig(
-        r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=lora.targets,
-        use_dora=lora.dora, use_rslora=lora.rslora, bias="none", task_type="CAUSAL_LM",
-    )  # fmt: skip
 
 
 def finished(directory: str, root: str, workers: Workers) -> dict[str, Any] | None:
@@ -379,18 +434,39 @@ def complete(
 ) -> dict[str, Any]:
     """Train in the planned order, export, write samples and result, then clear the checkpoints. Raises as `train` does."""
     trainer.job, trainer.order = job, planned_order(examples, mixture, job)
+    trainer.workers, trainer.root = workers, root
     follow.penalties = tuple(trainer.penalties)
+    follow.keep = lambda step: _keep_best(trainer, root, step, workers)
     train(trainer, follow, root, workers, announcement(job, plan(job, examples, mixture)))
+    if follow.best is not None:
+        best = storage.join(root, f"best-{follow.best['step']}")
+        workers.together(lambda: snapshots.load(artifacts.local_directory(best), sharding.trained(trainer.model), None))
+    sharding.gather(trainer.model, keep=workers.first)
+    # What was learned after an early stop is nothing: the job is as long as it was.
+    done = job.model_copy(update={"steps": follow.curve[-1]["step"]}) if follow.exhausted else job
 
     def write() -> dict[str, Any]:
-        result = outcome(job, examples, mixture, follow, trainer.model, workers)
-        export(trainer.model, trainer.processing_class, directory, generation)
-        samples.write(directory, samples.finetuning(mixture, examples.ids, job.planned_steps, job.batch_examples))
+        result = outcome(done, examples, mixture, follow, trainer.model, workers)
+        export(trainer.model, trainer.processing_class, directory, generation, job.model)
+        samples.write(directory, samples.finetuning(mixture, examples.ids, done.planned_steps, job.batch_examples))
         return samples.write_result(directory, result)
 
-    result = workers.share(workers.on_first(write))
+    result = workers.on_first(write)
     workers.on_first(lambda: storage.delete(root))
-    return dict(result)
+    shutil.rmtree(trainer.args.output_dir, ignore_errors=True)
+    return dict(workers.share(result))
+
+
+def _keep_best(trainer: Any, root: str, step: int, workers: Workers) -> None:
+    """Keep the weights of the best evaluation, and of no other."""
+    snapshots.save(storage.join(root, f"best-{step}"), sharding.trained(trainer.model), None, {}, workers)
+
+    def prune() -> None:
+        for path in storage.list_directories(root):
+            if re.fullmatch(r"best-\d+", path.rpartition("/")[2]) and not path.endswith(f"/best-{step}"):
+                storage.delete(path)
+
+    workers.on_first(prune)
 
 
 def train(trainer: Any, follow: Follow, root: str, workers: Workers, note: str) -> None:
@@ -401,26 +477,41 @@ def train(trainer: Any, follow: Follow, root: str, workers: Workers, note: str) 
     trainer.remove_callback(PrinterCallback)
     found = workers.together(lambda: checkpoint.latest(root))
     step = workers.share(found[0] if found else None)
+    if step is None:
+        found = None
+    elif found is None or found[0] != step:
+        raise ValueError(f"the checkpoint of step {step} in {root} is not seen by every worker: put the run where all see it")
     follow.announce(note, step or 0)
-    trainer.train(resume_from_checkpoint=None if step is None or found is None else str(found[1]))
+    if found is not None:
+        follow.recall(json.loads((found[1] / TRAINER_STATE_NAME).read_text("utf-8"))["log_history"])
+    if not follow.exhausted:  # else it was stopped early and ended before its export was written
+        trainer.train(resume_from_checkpoint=None if found is None else str(found[1]))
     if follow.stopped:
         raise JobCancelled(f"stopped after step {trainer.state.global_step}; the checkpoint is in {root}")
 
 
 def output_directory(root: str) -> str:
-    """Where the trainer writes checkpoints: the root itself, or a local scratch for a remote one."""
-    if storage.is_remote(root):
-        return tempfile.mkdtemp(prefix="danlu-")
-    return str(storage.local_path(root))
+    """A scratch directory for the trainer, which insists on one; checkpoints are written to `root`."""
+    return tempfile.mkdtemp(prefix="danlu-")
 
 
-def export(trained: Any, tokenizer: PreTrainedTokenizerBase, directory: str, generation: GenerationConfig) -> None:
-    """Write `directory`/model and, for adapters, `directory`/adapter: the model is the base with the adapter merged in."""
+def export(
+    trained: Any, tokenizer: PreTrainedTokenizerBase, directory: str, generation: GenerationConfig, base: str | None = None
+) -> None:
+    """Write `directory`/model and, for adapters, `directory`/adapter: the model is the base with the adapter merged in.
+
+    An adapter on a 4-bit base is merged into the model at `base`, loaded again: a sum in 4 bits would be another model.
+    """
     if isinstance(trained, PeftModel):
+        quantized = getattr(trained.get_base_model(), "is_quantized", False)
         with artifacts.building(storage.join(directory, "adapter")) as local:
             trained.save_pretrained(str(local), save_embedding_layers=False)
             (local / "README.md").unlink(missing_ok=True)  # a card for a hub
-        trained = trained.merge_and_unload(safe_merge=True)
+        if quantized:
+            if base is None:
+                raise ValueError("an adapter on a quantised base is merged into the base as it was; its path is not given")
+            trained = adapters.attach(models.load(base), artifacts.local_directory(storage.join(directory, "adapter")))
+        trained = adapters.merge(trained)
     trained.config.use_cache = True
     trained.generation_config = generation
     models.export(trained, tokenizer, storage.join(directory, "model"))
@@ -439,6 +530,7 @@ def outcome(
         "parameters": parameters,
         "trainable_parameters": trainable,
         "set_aside": examples.set_aside,
+        **({"best": follow.best, "stopped_early": follow.exhausted} if follow.best is not None else {}),
         "timings": {
             "step_seconds": follow.seconds,
             "tokens_per_second": planned["tokens"] * (done / job.planned_steps) / follow.seconds if follow.seconds else 0.0,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from dataclasses import dataclass
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -12,10 +12,11 @@ import pyarrow as pa
 import torch
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from trl import SFTConfig, SFTTrainer
-from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from cluster import storage
-from train import finetune, models
+from operators.tokens import holdout
+from train import finetune, lora, models
+from train.batches import Step, Steps, TokenRows, step_of
 from train.finetune import ArrowSpool, Examples, Follow, PlannedTrainer
 from train.loader import IGNORE
 from train.parallel import Workers
@@ -30,49 +31,98 @@ _ENCODED = pa.schema(
 )
 
 
-@dataclass
-class Collate(DataCollatorForLanguageModeling):  # type: ignore[misc]
-    """Pads examples to the longest and passes on what the loss of each counts: `weights`, float [rows, 1]."""
-
-    def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
-        batch: dict[str, Any] = super().torch_call(examples)
-        batch["weights"] = torch.tensor([[example["weight"]] for example in examples], dtype=torch.float32)
-        return batch
-
-
 class Trainer(PlannedTrainer, SFTTrainer):  # type: ignore[misc]
-    """TRL's trainer with a weight for the loss of each example: the mean of weight x loss over the tokens of all workers."""
+    """TRL's trainer, given whole global batches: arranged by length or packed, the loss of each example with its weight.
+
+    The loss of a step is the mean of weight x loss over the tokens with loss of all workers. It is computed by TRL's fused
+    head, in as many forward passes as `train.batches` makes of this worker's share.
+    """
+
+    job: SftJob
+    rows: TokenRows
+    held_out: TokenRows | None = None
 
     def __init__(self, *arguments: Any, **named: Any) -> None:
         super().__init__(*arguments, **named)
         self._sums = torch.zeros(3, dtype=torch.float64, device=self.args.device)
 
-    def _set_signature_columns_if_needed(self) -> None:
-        self._signature_columns: Any = ["input_ids", "labels", "weight"]
+    def _step(self, rows: TokenRows, chosen: np.ndarray) -> Step:
+        job, workers = self.job, self.workers
+        return step_of(
+            rows, chosen, workers.rank, workers.world, job.micro_batch_examples, job.max_length if job.packing else None,
+            pad=self._tokenizer.pad_token_id, mask=self.aux_loss_enabled,
+        )  # fmt: skip
 
-    def compute_loss(
-        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> torch.Tensor:
-        if return_outputs:
-            raise ValueError("this trainer gives losses only")
-        weights = inputs.pop("weights")
+    def get_train_dataloader(self) -> Any:
+        return Steps(
+            self.order, self.job.batch_examples, lambda chosen: self._step(self.rows, chosen), lambda: int(self.state.global_step)
+        )
+
+    def _get_num_items_in_batch(self, batch_samples: list[Step], device: torch.device) -> torch.Tensor:
+        return torch.tensor(batch_samples[0].tokens, device=device)
+
+    def floating_point_ops(self, inputs: Any) -> int:
+        """Not counted: nobody looks at it, and TRL would read tensors here."""
+        return 0
+
+    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
+        model.train()
+        total = torch.zeros((), device=self.args.device)
+        for number, part in enumerate(inputs.passes):
+            last = number == len(inputs.passes) - 1
+            with nullcontext() if last else self.accelerator.no_sync(model=model):
+                with self.compute_loss_context_manager():
+                    loss, routing = self._losses(model, part)
+                    # Gradients are averaged over the workers; the loss is a mean over the tokens of all of them.
+                    loss = loss / max(1, inputs.tokens) * self.workers.world
+                    # The load balance of experts is a mean over each pass.
+                    loss = loss if routing is None else loss + routing / len(inputs.passes)
+                self.accelerator.backward(loss)
+            total += loss.detach()
+        return total
+
+    def _losses(self, model: Any, part: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """(sum of weight x loss over one pass, weighted loss of the routing of experts)."""
+        inputs = self._prepare_inputs(dict(part))
+        weights = inputs.pop("weights")[:, 1:]
         routed = {"output_router_logits": True} if self.aux_loss_enabled else {}
         outputs = model(**inputs, **routed, use_cache=False, fused_lm_head=True)
         losses = -outputs.log_probs  # [rows, length - 1], zero where there is no label
         with torch.no_grad():
             self._sums += torch.stack([losses.sum(), outputs.is_top1.sum(), outputs.label_mask.sum()]).double()
-        # Gradients are averaged over the workers, the loss is a mean over the tokens of all of them.
-        loss = (losses * weights).sum() / num_items_in_batch.clamp(min=1) * self.accelerator.num_processes
-        if routed:  # a mean over each micro batch
-            loss = loss + self.router_aux_loss_coef * outputs.aux_loss / self.current_gradient_accumulation_steps
-        return loss
+        return (losses * weights).sum(), self.router_aux_loss_coef * outputs.aux_loss if routed else None
 
     def log(self, logs: dict[str, float], *arguments: Any, **named: Any) -> None:
         if "loss" in logs:
-            _, correct, tokens = self.accelerator.reduce(self._sums).tolist()
+            _, correct, tokens = self._totals()
             logs["mean_token_accuracy"] = correct / max(tokens, 1.0)
-            self._sums.zero_()
+            logs["num_tokens"] = tokens
+            step = int(self.state.global_step)
+            if self.held_out is not None and (step % self.job.evaluate_every == 0 or step == self.job.planned_steps):
+                logs[finetune.HELD_OUT_LOSS] = self.held_out_loss()
         super().log(logs, *arguments, **named)
+
+    def _totals(self) -> list[float]:
+        """[loss, correct tokens, tokens] of all workers since the last call."""
+        totals: list[float] = self.workers.sum(self._sums.clone()).tolist()
+        self._sums.zero_()
+        return totals
+
+    def held_out_loss(self) -> float:
+        """The mean loss over the tokens of all held-out examples, each counted once and alike."""
+        rows = self.held_out
+        assert rows is not None
+        model: Any = self.model
+        model.eval()
+        size = self.job.batch_examples
+        order = np.argsort(-rows.lengths, kind="stable")
+        with torch.no_grad(), self.compute_loss_context_manager():
+            for start in range(0, len(order), size):
+                for part in self._step(rows, order[start : start + size]).passes:
+                    self._losses(self.model_wrapped, part)
+        model.train()
+        loss, _, tokens = self._totals()
+        return loss / max(1.0, tokens)
 
 
 def run(job: SftJob, directory: str, workers: Workers) -> dict[str, Any]:
@@ -88,7 +138,8 @@ def run(job: SftJob, directory: str, workers: Workers) -> dict[str, Any]:
         return finished
 
     def prepare() -> tuple[Any, ...]:
-        model, tokenizer = models.load(job.model), models.load_tokenizer(job.model)
+        lora.check(job)
+        model, tokenizer = lora.load_base(job.model, job.lora, workers.device), models.load_tokenizer(job.model)
         models.as_chat(tokenizer, model)
         model.config.use_cache = False
         examples = encode(job, tokenizer)
@@ -101,18 +152,26 @@ def run(job: SftJob, directory: str, workers: Workers) -> dict[str, Any]:
     trainer = Trainer(
         model=model,
         args=SFTConfig(
-            **finetune.arguments(job, workers, finetune.output_directory(root)),
+            **{
+                **finetune.arguments(job, workers, finetune.output_directory(root)),
+                # A "batch" is a whole step (train.batches), and what was done is not gone through again when a run goes on.
+                "per_device_train_batch_size": job.batch_examples // workers.world,
+                "gradient_accumulation_steps": 1,
+                "ignore_data_skip": True,
+            },
             neftune_noise_alpha=job.neftune_alpha,
             dataset_kwargs={"skip_prepare_dataset": True},
             packing=False,
             shuffle_dataset=False,
         ),
-        data_collator=Collate(pad_token_id=tokenizer.pad_token_id),
         train_dataset=finetune.dataset(examples),
         processing_class=tokenizer,
         callbacks=[follow],
-        peft_config=finetune.adapter_config(job.lora),
+        peft_config=lora.adapter_config(job.lora),
     )
+    trainer.rows = TokenRows(examples.table)
+    if examples.held_out is not None:
+        trainer.held_out = TokenRows(examples.held_out)
     return finetune.complete(trainer, follow, job, examples, mixture, generation, directory, root, workers)
 
 
@@ -121,7 +180,7 @@ def encode(job: SftJob, tokenizer: PreTrainedTokenizerBase) -> Examples:
 
     An example without any (no assistant turn, or all of it beyond `max_length`) is set aside and counted.
     """
-    spool = ArrowSpool(_ENCODED)
+    spool, apart = ArrowSpool(_ENCODED), ArrowSpool(_ENCODED)
     ids: list[pa.Array] = []
     tokens: list[np.ndarray] = []
     aside: Counter[str] = Counter()
@@ -131,22 +190,32 @@ def encode(job: SftJob, tokenizer: PreTrainedTokenizerBase) -> Examples:
         for batch in finetune.rows_of([item.directory], ["id", "messages", "tools"]):
             rows = finetune.without_control_tokens(batch, ["messages"], tokenizer, aside).to_pydict()
             encoded = encode_conversations(tokenizer, rows["messages"], rows["tools"])
-            columns: dict[str, list[Any]] = {"input_ids": [], "labels": [], "weight": []}
-            for key, (input_ids, labels) in zip(rows["id"], encoded, strict=True):
-                cut = labels[: job.max_length]
+            taken: dict[str, list[Any]] = {name: [] for name in _ENCODED.names}
+            kept: dict[str, list[Any]] = {name: [] for name in _ENCODED.names}
+            held_out = holdout.is_held_out(rows["id"], job.seed, job.held_out)
+            for key, held, (input_ids, labels) in zip(rows["id"], held_out.tolist(), encoded, strict=True):
+                cut = [IGNORE, *labels[1 : job.max_length]]  # nothing foretells the first token
                 count = sum(label != IGNORE for label in cut)
                 if not count:
                     aside["no_assistant_turn" if count == sum(label != IGNORE for label in labels) else "prompt_too_long"] += 1
                     continue
+                columns = kept if held else taken
                 columns["input_ids"].append(input_ids[: job.max_length])
                 columns["labels"].append(cut)
                 columns["weight"].append(item.loss_weight)
-                kept_ids.append(key)
-                kept_tokens.append(count)
-            spool.write(columns)
+                if held:
+                    aside["held_out"] += 1
+                else:
+                    kept_ids.append(key)
+                    kept_tokens.append(count)
+            spool.write(taken)
+            apart.write(kept)
         ids.append(pa.array(kept_ids, pa.string()))
         tokens.append(np.array(kept_tokens, np.int64))
-    return Examples(spool.finish(), ids, tokens, dict(sorted(aside.items())))
+    held = apart.finish()
+    if job.held_out and not held.num_rows:
+        raise ValueError(f"held_out: {job.held_out} of {sum(map(len, ids))} examples is none; raise it, or leave it out")
+    return Examples(spool.finish(), ids, tokens, dict(sorted(aside.items())), held if held.num_rows else None)
 
 
 def encode_conversations(
