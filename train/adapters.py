@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
+from peft import PeftModel, get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import safe_open
 from transformers import PreTrainedModel
@@ -81,19 +81,30 @@ def directories(path: str) -> list[Path]:
 
 
 def attach(base: PreTrainedModel, adapter: Path) -> PeftModel:
-    """`base` with the adapter switched on, not trainable; embeddings grow first where the adapter was saved with more rows."""
-    _fit_vocabulary(base, adapter)
-    return PeftModel.from_pretrained(base, str(adapter), is_trainable=False, local_files_only=True)
+    """`base` with the adapter switched on, not trainable; embeddings grow first where the adapter was saved with more rows.
 
-
-def _fit_vocabulary(base: PreTrainedModel, adapter: Path) -> None:
-    """A tokenizer that was extended before training leaves whole embeddings, longer than the base's, in the adapter."""
+    Raises ValueError unless every tensor of the adapter has its place in the base, and every place its tensor.
+    """
     ends = [module for module in (base.get_input_embeddings(), base.get_output_embeddings()) if module is not None]
-    names = {f"base_model.model.{name}.weight" for name, module in base.named_modules() if module in ends}
+    embeddings = {f"base_model.model.{name}.weight" for name, module in base.named_modules() if module in ends}
     with safe_open(str(adapter / WEIGHTS), framework="pt") as stored:
-        rows = {stored.get_slice(key).get_shape()[0] for key in stored.keys() if key in names}  # noqa: SIM118  no mapping
-    if rows and max(rows) != base.get_input_embeddings().weight.shape[0]:
-        base.resize_token_embeddings(max(rows), mean_resizing=False)
+        keys = set(stored.keys())
+        # A tokenizer that was extended before training leaves whole embeddings, longer than the base's, in the adapter.
+        rows = {stored.get_slice(key).get_shape()[0] for key in keys & embeddings}
+    whole: Any = base
+    if rows and max(rows) != whole.get_input_embeddings().weight.shape[0]:
+        whole.resize_token_embeddings(max(rows), mean_resizing=False)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*missing adapter keys.*")  # an error below
+        adapted = PeftModel.from_pretrained(whole, str(adapter), is_trainable=False, local_files_only=True)
+    places = set(get_peft_model_state_dict(adapted, save_embedding_layers=False))
+    wrong = sorted(places ^ (keys - (embeddings - places)))
+    if wrong:
+        raise ValueError(
+            f"the adapter at {adapter} does not fit this base: {len(wrong)} of its tensors have no place, or places no tensor, "
+            f"{wrong[0]!r} first"
+        )
+    return adapted
 
 
 def merge(adapted: PeftModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
@@ -113,7 +124,7 @@ def merge(adapted: PeftModel, dtype: torch.dtype | None = None) -> PreTrainedMod
         _untie(whole)
     for module in list(adapted.modules()):
         if isinstance(module, BaseTunerLayer) and not module.merged:
-            layer = module.get_base_layer()
+            layer: Any = module.get_base_layer()
             stored = layer.weight.dtype
             layer.to(torch.float32)
             module.merge(safe_merge=True)
@@ -133,8 +144,8 @@ def merge(adapted: PeftModel, dtype: torch.dtype | None = None) -> PreTrainedMod
 
 def _untie(whole: Any) -> None:
     """Give the output head a matrix of its own where it shares the input embedding's, lest both get the sum of one."""
-    ends = [whole.get_input_embeddings(), whole.get_output_embeddings()]
-    layers = [end.get_base_layer() if isinstance(end, BaseTunerLayer) else end for end in ends]
+    ends: list[Any] = [whole.get_input_embeddings(), whole.get_output_embeddings()]
+    layers: list[Any] = [getattr(end, "base_layer", end) for end in ends]
     if any(isinstance(end, BaseTunerLayer) for end in ends) and layers[0].weight is layers[1].weight:
         layers[1].weight = torch.nn.Parameter(layers[1].weight.detach().clone(), requires_grad=False)
 

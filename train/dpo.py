@@ -1,4 +1,4 @@
-"""Direct preference optimisation (Rafailov et al. 2023) on preference pairs, against the model it started from."""
+"""Preference alignment on pairs: DPO (Rafailov et al. 2023) and the family of losses around it."""
 
 from __future__ import annotations
 
@@ -7,14 +7,16 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import torch
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from trl import DPOConfig, DPOTrainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from cluster import storage
 from operators.tokens import holdout
-from train import finetune, models
+from train import finetune, lora, models, reference, reference_free
 from train.finetune import ArrowSpool, Examples, Follow, PlannedTrainer
+from train.loader import IGNORE
 from train.parallel import Workers
 from train.settings_finetune import DpoJob
 
@@ -28,57 +30,162 @@ _ENCODED = pa.schema(
 
 
 class _Trainer(PlannedTrainer, DPOTrainer):  # type: ignore[misc]
+    """TRL's DPO trainer with a reference that was computed before, losses without one, and means over the global batch."""
+
+    job: DpoJob
+    _tokens: torch.Tensor | None = None  # over which an `sft` or `orpo` term of the current step is a mean, on all workers
+
+    def __init__(self, job: DpoJob, **given: Any) -> None:
+        self.job = job
+        super().__init__(**given)
+        # With adapters TRL needs no reference model and would compute the reference anew in every step.
+        self.precompute_ref_logps = True
+        pairs = [(name, weight) for name, weight in job.losses.items() if name != "sft"]
+        self.loss_types, self.loss_weights = [name for name, _ in pairs], [weight for _, weight in pairs]
+
     def _prepare_dataset(self, dataset: Any, *_: Any, **__: Any) -> Any:
         """The dataset is encoded already."""
         return dataset
+
+    def _precompute_ref_logps(self, dataset: Any, *_: Any, **__: Any) -> Any:
+        """The reference's log-probabilities are columns of the dataset already (`train.reference`)."""
+        return dataset
+
+    def _get_num_items_in_batch(self, batch_samples: list[dict[str, torch.Tensor]], device: torch.device) -> torch.Tensor | None:
+        if not {"sft", "orpo"} & self.job.losses.keys():
+            return None
+        counts = torch.stack([self._learned(batch).sum() for batch in batch_samples])
+        return self.accelerator.gather(counts.sum().to(device)).sum()
+
+    def _learned(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        """bool[pairs, length - 1]: the tokens that an `sft` or `orpo` term learns: of the chosen reply; ORPO's prompt as well."""
+        mask = batch["attention_mask" if "orpo" in self.job.losses else "completion_mask"]
+        return mask.chunk(2)[0][:, 1:].bool()
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> torch.Tensor:
+        if return_outputs:
+            raise ValueError("preference training returns no outputs")
+        self._tokens = num_items_in_batch
+        if self.job.reference_free:
+            return self._reference_free_loss(model, inputs)
+        said: list[Any] = []
+
+        def listening(**asked: Any) -> Any:
+            said.append(model(**asked))
+            return said[-1]
+
+        loss = self._compute_loss(listening, inputs, False)
+        if "sft" in self.job.losses:
+            loss = loss + self.job.losses["sft"] * self._negative_log_likelihood(said[0].log_probs, inputs)
+        return loss
+
+    def _negative_log_likelihood(self, scores: torch.Tensor, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        """This pass's part of the mean over the tokens of the global batch.
+
+        Trainer divides by the number of passes, and gradients (as the logged loss) are a mean over workers: both undone.
+        """
+        total = -scores.chunk(2)[0][self._learned(inputs)].sum()
+        return total * self.accelerator.num_processes * self.current_gradient_accumulation_steps / self._tokens
+
+    def _reference_free_loss(self, model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        name = self.loss_types[0]
+        mask = inputs["completion_mask"].clone()
+        learned = mask.clone()
+        if name == "orpo":
+            half = len(mask) // 2
+            learned[:half] = inputs["attention_mask"][:half]
+        asked = {"input_ids": inputs["input_ids"], "attention_mask": inputs["attention_mask"], "use_cache": False}
+        labels = inputs["input_ids"].masked_fill(learned == 0, IGNORE)
+        scores = model(**asked, labels=labels, fused_lm_head=True).log_probs
+        chosen, rejected = reference_free.sequence_scores(name, scores, mask[:, 1:])
+        job = self.job
+        compared = reference_free.preference_loss(name, chosen, rejected, job.beta, job.label_smoothing, job.simpo_gamma)
+        loss = job.losses[name] * compared.mean()
+        if name == "orpo":
+            loss = loss + job.losses[name] * self._negative_log_likelihood(scores, inputs)
+        elif "sft" in job.losses:
+            loss = loss + job.losses["sft"] * self._negative_log_likelihood(scores, inputs)
+        measured = {
+            "rewards/chosen": job.beta * chosen,
+            "rewards/rejected": job.beta * rejected,
+            "rewards/margins": job.beta * (chosen - rejected),
+            "rewards/accuracies": (chosen > rejected).float(),
+            "logps/chosen": chosen,
+            "logps/rejected": rejected,
+        }
+        for key, value in measured.items():
+            self._metrics["train"][key].append(self.accelerator.gather(value.detach()).mean().item())
+        return loss
+
+
+_CURVES = {
+    "grad_norm": "gradient_norm",
+    "rewards/accuracies": "accuracy",
+    "rewards/margins": "margin",
+    "rewards/chosen": "chosen_reward",
+    "rewards/rejected": "rejected_reward",
+    "logps/chosen": "chosen_log_probability",
+    "logps/rejected": "rejected_log_probability",
+}
 
 
 def run(job: DpoJob, directory: str, workers: Workers) -> dict[str, Any]:
     """Align and export to `directory`/model (adapters merged) and `directory`/adapter.
 
-    The reference is the model that training starts from: with LoRA the same weights with the fresh adapter switched off,
-    without it a second, frozen copy. Called again after a crash it goes on from the last checkpoint; when finished it
-    returns the result on file. Raises JobCancelled, ValueError for inputs without a usable pair.
+    The reference is the model that training starts from, adapters that it came with included: its log-probabilities are
+    computed once, before the first step, and kept (`train.reference`); no second model is held. Called again after a crash
+    it goes on from the last checkpoint; when finished it returns the result on file. Raises JobCancelled, ValueError for
+    inputs without a usable pair and for a batch that the loss cannot be cut into.
     """
     root = storage.join(directory, "checkpoints")
     finished = finetune.finished(directory, root, workers)
     if finished is not None:
         return finished
+    share = job.batch_examples // workers.world
+    if job.losses.keys() & {"aot", "aot_unpaired"} and (workers.world > 1 or (job.micro_batch_examples or share) < share):
+        raise ValueError(
+            "the losses aot and aot_unpaired sort the whole batch, which must be one forward pass of one worker: "
+            "leave micro_batch_examples out and train on one worker, or use another loss"
+        )
 
     def prepare() -> tuple[Any, ...]:
-        model, tokenizer = models.load(job.model), models.load_tokenizer(job.model)
+        lora.check(job)
+        model, tokenizer = lora.load_base(job.model, job.lora, workers.device), models.load_tokenizer(job.model)
         models.as_chat(tokenizer, model)
         model.config.use_cache = False
         examples = encode(job, tokenizer)
-        planned = finetune.settled(job, examples)
-        reference = models.load(job.model) if job.lora is None else None
-        return model, tokenizer, examples, examples.mixture(job), planned, reference
+        return model, tokenizer, examples, examples.mixture(job), finetune.settled(job, examples)
 
-    model, tokenizer, examples, mixture, job, reference = workers.together(prepare)
+    model, tokenizer, examples, mixture, job = workers.together(prepare)
     generation = model.generation_config
-    keys = {
-        "grad_norm": "gradient_norm",
-        "rewards/accuracies": "accuracy",
-        "rewards/margins": "margin",
-        "logps/chosen": "chosen_log_probability",
-        "logps/rejected": "rejected_log_probability",
-    }
-    follow = Follow(workers, job, root, keys, examples)
+    if not job.reference_free:
+        cache = job.reference_cache or storage.join(directory, "reference")
+        order = finetune.planned_order(examples, mixture, job)
+        examples = reference.attach(job, model, tokenizer, examples, order, cache, workers)
+    follow = Follow(workers, job, root, _CURVES, examples)
     trainer = _Trainer(
+        job,
         model=model,
-        ref_model=reference,
         args=DPOConfig(
             **finetune.arguments(job, workers, finetune.output_directory(root)),
             beta=job.beta,
-            loss_type=[job.loss],
-            label_smoothing=job.label_smoothing,
-            precompute_ref_log_probs=False,
+            loss_type=["sigmoid"] if job.reference_free else list(job.losses),
+            label_smoothing=0.0 if job.reference_free else job.label_smoothing,
+            ld_alpha=job.ld_alpha,
+            f_divergence_type=job.f_divergence,
+            f_alpha_divergence_coef=job.f_alpha,
+            use_weighting=job.weighting,
+            discopop_tau=job.discopop_tau,
+            # Without adapters TRL would otherwise load a second model. (It also hashes this one, which nobody reads.)
+            precompute_ref_log_probs=job.lora is None,
         ),
         data_collator=DataCollatorForPreference(pad_token_id=tokenizer.pad_token_id, max_length=job.max_length),
         train_dataset=finetune.dataset(examples),
         processing_class=tokenizer,
         callbacks=[follow],
-        peft_config=finetune.adapter_config(job.lora),
+        peft_config=lora.adapter_config(job.lora),
     )
     return finetune.complete(trainer, follow, job, examples, mixture, generation, directory, root, workers)
 

@@ -29,7 +29,8 @@ STAGES: dict[str, str] = {
     "curate": "pipelines.stages.curate:CurateStage",
     "pretrain": "pipelines.stages.training:PretrainStage",
     "sft": "pipelines.stages.training:SftStage",
-    "dpo": "pipelines.stages.training:DpoStage",
+    "dpo": "pipelines.stages.alignment:DpoStage",
+    "merge": "pipelines.stages.alignment:MergeStage",
     "reviewed": "pipelines.stages.reviewed:ReviewedStage",
     "evaluate": "pipelines.stages.evaluation:EvaluateStage",
 }

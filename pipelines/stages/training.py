@@ -9,7 +9,7 @@ from pydantic import Field
 from operators.stage import Cancelled, Stage, StageContext
 from train.errors import JobCancelled, TrainingError
 from train.settings import ModelShape, OptimizerSettings, PretrainSettings, Share
-from train.settings_finetune import DpoSettings, FinetuneSettings, SftSettings
+from train.settings_finetune import FinetuneSettings, SftSettings
 
 Mixed = str | dict[str, float | Share]
 """One input, or inputs with their shares of a mixture."""
@@ -134,12 +134,3 @@ class SftStage(SftSettings, FinetuneStage):
 
     kind: Literal["sft"] = "sft"
     input: Mixed = Field(description="A stage with conversations, or stages with their shares of the mixture.")
-
-
-class DpoStage(DpoSettings, FinetuneStage):
-    """Aligns a model with preference pairs by DPO, against the model it starts from."""
-
-    told: ClassVar[type[OptimizerSettings]] = DpoSettings
-
-    kind: Literal["dpo"] = "dpo"
-    input: Mixed = Field(description="A stage with preference pairs, or stages with their shares of the mixture.")

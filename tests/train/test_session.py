@@ -16,8 +16,9 @@ import pytest
 
 from operators import shards
 from operators.stage import Cancelled, StageContext
+from pipelines.stages.alignment import DpoStage
 from pipelines.stages.evaluation import EvaluateStage
-from pipelines.stages.training import DpoStage, PretrainStage, SftStage
+from pipelines.stages.training import PretrainStage, SftStage
 from tests.train.conftest import SHAPE
 from train.errors import JobCancelled, TrainingError
 from train.session import TrainGroup
