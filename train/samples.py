@@ -41,6 +41,11 @@ def finetuning(mixture: Mixture, ids: Sequence[pa.Array], steps: int, batch: int
     return _tables(mixture, mixture.names, ids, steps, batch)
 
 
+def one_by_one(mixture: Mixture, count: int) -> Iterator[pa.Table]:
+    """SAMPLES of a job that takes one row of its inputs a step."""
+    return _tables(mixture, mixture.names, None, count, 1)
+
+
 def _tables(mixture: Mixture, names: Sequence[str], ids: Sequence[pa.Array] | None, steps: int, batch: int) -> Iterator[pa.Table]:
     labels = pa.array(names, pa.string())
     for start in range(0, steps * batch, _ROWS):

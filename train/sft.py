@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Iterator
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pyarrow as pa
@@ -15,7 +16,7 @@ from trl import SFTConfig, SFTTrainer
 
 from cluster import storage
 from operators.tokens import holdout
-from train import finetune, lora, models
+from train import ewc, finetune, lora, models, rehearsal
 from train.batches import Step, Steps, TokenRows, step_of
 from train.finetune import ArrowSpool, Examples, Follow, PlannedTrainer
 from train.loader import IGNORE
@@ -172,11 +173,13 @@ def run(job: SftJob, directory: str, workers: Workers) -> dict[str, Any]:
     trainer.rows = TokenRows(examples.table)
     if examples.held_out is not None:
         trainer.held_out = TokenRows(examples.held_out)
+    if job.ewc:
+        trainer.penalties = {"ewc_penalty": ewc.Ewc(job.ewc, job.model, cast(torch.nn.Module, trainer.model), workers)}
     return finetune.complete(trainer, follow, job, examples, mixture, generation, directory, root, workers)
 
 
 def encode(job: SftJob, tokenizer: PreTrainedTokenizerBase) -> Examples:
-    """Tokenise all inputs, labels on assistant tokens only.
+    """Tokenise all inputs: labels on assistant tokens of conversations, on all tokens of documents (`train.rehearsal`).
 
     An example without any (no assistant turn, or all of it beyond `max_length`) is set aside and counted.
     """
@@ -187,13 +190,11 @@ def encode(job: SftJob, tokenizer: PreTrainedTokenizerBase) -> Examples:
     for item in job.inputs:
         kept_ids: list[str] = []
         kept_tokens: list[int] = []
-        for batch in finetune.rows_of([item.directory], ["id", "messages", "tools"]):
-            rows = finetune.without_control_tokens(batch, ["messages"], tokenizer, aside).to_pydict()
-            encoded = encode_conversations(tokenizer, rows["messages"], rows["tools"])
+        for keys, encoded in _rows(item.directory, job.max_length, tokenizer, aside):
             taken: dict[str, list[Any]] = {name: [] for name in _ENCODED.names}
             kept: dict[str, list[Any]] = {name: [] for name in _ENCODED.names}
-            held_out = holdout.is_held_out(rows["id"], job.seed, job.held_out)
-            for key, held, (input_ids, labels) in zip(rows["id"], held_out.tolist(), encoded, strict=True):
+            held_out = holdout.is_held_out(keys, job.seed, job.held_out)
+            for key, held, (input_ids, labels) in zip(keys, held_out.tolist(), encoded, strict=True):
                 cut = [IGNORE, *labels[1 : job.max_length]]  # nothing foretells the first token
                 count = sum(label != IGNORE for label in cut)
                 if not count:
@@ -216,6 +217,19 @@ def encode(job: SftJob, tokenizer: PreTrainedTokenizerBase) -> Examples:
     if job.held_out and not held.num_rows:
         raise ValueError(f"held_out: {job.held_out} of {sum(map(len, ids))} examples is none; raise it, or leave it out")
     return Examples(spool.finish(), ids, tokens, dict(sorted(aside.items())), held if held.num_rows else None)
+
+
+def _rows(
+    directory: str, max_length: int, tokenizer: PreTrainedTokenizerBase, aside: Counter[str]
+) -> Iterator[tuple[list[str], list[tuple[list[int], list[int]]]]]:
+    """Ids, and input ids with labels, of the usable rows of an input, batch by batch."""
+    if rehearsal.holds_documents(directory):
+        for keys, pieces in rehearsal.documents(directory, tokenizer, max_length, aside):
+            yield keys, [(tokens, tokens) for tokens in pieces]
+        return
+    for batch in finetune.rows_of([directory], ["id", "messages", "tools"]):
+        rows = finetune.without_control_tokens(batch, ["messages"], tokenizer, aside).to_pydict()
+        yield rows["id"], encode_conversations(tokenizer, rows["messages"], rows["tools"])
 
 
 def encode_conversations(
