@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 import re
 from collections import Counter
@@ -15,8 +16,8 @@ from tests.conftest import ROOT
 from tests.operators.sources.reading import Reading, read_all
 
 FILES = [
-    "documents.parquet", "notes.jsonl", "pages.warc.gz", "quality_bad.jsonl", "quality_good.jsonl", "seed_tasks_en.jsonl",
-    "seed_tasks_zh.jsonl",
+    "documents.parquet", "help_chats.jsonl", "help_pairs.jsonl", "help_quiz.jsonl", "notes.jsonl", "pages.warc.gz",
+    "quality_bad.jsonl", "quality_good.jsonl", "seed_tasks_en.jsonl", "seed_tasks_zh.jsonl",
 ]  # fmt: skip
 
 
@@ -44,6 +45,21 @@ def test_the_readme_lists_every_file_with_its_checksum_and_all_fit_in_12_megabyt
     assert sum(path.stat().st_size for path in example_data.rglob("*") if path.is_file()) <= 12_000_000
     for name in re.findall(r"`licenses/([\w.-]+)`", readme):
         assert (example_data / "licenses" / name).is_file(), name
+
+
+def test_the_help_files_are_what_their_script_makes_of_the_pages_and_the_quiz_was_not_taught(example_data: Path) -> None:
+    spec = importlib.util.spec_from_file_location("build_help", example_data.parent / "build_help.py")
+    assert spec is not None and spec.loader is not None
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    made = script.build(example_data / "pages.warc.gz")
+    for name, rows in made.items():
+        lines = (example_data / f"{name}.jsonl").read_text("utf-8").splitlines()
+        assert [json.loads(line) for line in lines] == rows
+    taught = {message["content"] for row in made["help_chats"] for message in row["messages"]}
+    assert all(row["question"] not in taught and row["choices"][row["answer"]] not in taught for row in made["help_quiz"])
+    assert all(len(set(row["choices"])) == 4 for row in made["help_quiz"])
+    assert {row["lang"] for row in made["help_quiz"]} == {"en", "zh"}
 
 
 def test_every_document_has_a_licence_that_allows_redistribution(documents: Reading, notes: Reading) -> None:
