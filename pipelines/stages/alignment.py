@@ -10,7 +10,7 @@ from cluster import storage
 from operators import shards
 from operators.config import SettingsError
 from operators.stage import Stage, StageContext
-from pipelines.stages.training import FinetuneStage, Mixed, is_path, model_path, run_job
+from pipelines.stages.training import FinetuneStage, Mixed, is_external, model_path, paths, run_job
 from train.settings import OptimizerSettings
 from train.settings_finetune import DpoSettings, MergeSettings
 
@@ -52,10 +52,10 @@ class MergeStage(MergeSettings, Stage):
         return [self.adapter] if isinstance(self.adapter, str) else self.adapter
 
     def input_names(self) -> list[str]:
-        return list(dict.fromkeys(name for name in (self.model, *self.adapters) if not is_path(name)))
+        return list(dict.fromkeys(name for name in (self.model, *self.adapters) if not is_external(name)))
 
     def files(self) -> list[str]:
-        return [name for name in (self.model, *self.adapters) if is_path(name)]
+        return paths((self.model, *self.adapters))
 
     def run(self, context: StageContext) -> None:
         config = {
@@ -73,7 +73,7 @@ class MergeStage(MergeSettings, Stage):
 
 def adapter_path(context: StageContext, name: str) -> str:
     """The directory of an adapter that a stage trained or that lies outside the run. Raises SettingsError for a stage without."""
-    if is_path(name):
+    if is_external(name):
         return context.path(name)
     directory = context.inputs[name]
     files = shards.load_manifest(directory).files

@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from operators import shards
 from operators.stage import Stage, StageContext
-from pipelines.stages.training import is_path, limited, model_path, run_job
+from pipelines.stages.training import is_external, limited, model_path, paths, run_job
 from train.settings_evaluate import EvaluateSettings
 
 
@@ -49,12 +49,12 @@ class EvaluateStage(EvaluateSettings, Stage):
         return self
 
     def input_names(self) -> list[str]:
-        names = [*(name for name in self.models if not is_path(name)), *listed(self.pairs)]
+        names = [*(name for name in self.models if not is_external(name)), *listed(self.pairs)]
         names += [*([self.packed] if self.packed else []), *listed(self.input)]
         return list(dict.fromkeys(names))
 
     def files(self) -> list[str]:
-        return [name for name in self.models if is_path(name)]
+        return paths(self.models)
 
     def run(self, context: StageContext) -> None:
         held_out = 0.0
@@ -79,7 +79,7 @@ class EvaluateStage(EvaluateSettings, Stage):
     def _pairs_share(self, context: StageContext) -> float:
         if self.pairs_held_out is not None:
             return self.pairs_held_out
-        manifests = [shards.load_manifest(context.inputs[name]) for name in self.models if not is_path(name)]
+        manifests = [shards.load_manifest(context.inputs[name]) for name in self.models if not is_external(name)]
         shares = {float(manifest.config["held_out"]) for manifest in manifests if manifest.kind == "dpo"}
         if len(shares) > 1:
             raise ValueError(

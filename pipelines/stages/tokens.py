@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from operators.stage import Stage, StageContext
+from operators.synthesis.packaged import PREFIX, resolve_model
 from operators.tokens.bpe import LEAST_VOCABULARY, train_stage
 from operators.tokens.encode import TokenizerFiles
 from operators.tokens.pack import pack_stage
@@ -52,7 +53,9 @@ class PackStage(Stage):
     kind: Literal["pack"] = "pack"
     input: str | list[str] = Field(description="The stages whose kept documents are packed, in this order.")
     tokenizer: str | None = Field(None, description="The tokenizer stage.")
-    tokenizer_path: str | None = Field(None, description="Instead of a stage: a directory that holds tokenizer.json.")
+    tokenizer_path: str | None = Field(
+        None, description="Instead of a stage: a directory that holds tokenizer.json, or `packaged:NAME`."
+    )
     length: int = Field(ge=8, le=1 << 20, description="Tokens in a sequence.")
     holdout: float = Field(0.0, ge=0.0, lt=1.0, description="Share of documents kept out of training, drawn by id and seed.")
     method: Literal["best_fit", "concatenate"] = Field(
@@ -73,10 +76,14 @@ class PackStage(Stage):
         return [*_names(self.input), *([self.tokenizer] if self.tokenizer else [])]
 
     def files(self) -> list[str]:
-        return [self.tokenizer_path] if self.tokenizer_path else []
+        return [self.tokenizer_path] if self.tokenizer_path and not self.tokenizer_path.startswith(PREFIX) else []
 
     def run(self, context: StageContext) -> None:
-        place = context.inputs[self.tokenizer] if self.tokenizer else context.path(self.tokenizer_path or "")
+        path = self.tokenizer_path or ""
+        if self.tokenizer:
+            place = context.inputs[self.tokenizer]
+        else:
+            place = resolve_model(path, context.cache_directory) if path.startswith(PREFIX) else context.path(path)
         pack_stage(
             context,
             [context.inputs[name] for name in _names(self.input)],

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
 from operators.stage import Cancelled, Stage, StageContext
+from operators.synthesis.packaged import PREFIX
 from train.errors import JobCancelled, TrainingError
 from train.settings import ModelShape, OptimizerSettings, PretrainSettings, Share
 from train.settings_finetune import FinetuneSettings, SftSettings
@@ -15,14 +17,21 @@ Mixed = str | dict[str, float | Share]
 """One input, or inputs with their shares of a mixture."""
 
 
-def is_path(model: str) -> bool:
-    """True when a `model` setting is a path or URI rather than a stage: it holds a `/`."""
-    return "/" in model
+def is_external(model: str) -> bool:
+    """True when a `model` setting names no stage: a path or URI (it holds a `/`), or `packaged:NAME`."""
+    return "/" in model or model.startswith(PREFIX)
+
+
+def paths(models: Iterable[str]) -> list[str]:
+    """The paths and URIs among `model` settings, whose content decides a fingerprint."""
+    return [model for model in models if is_external(model) and not model.startswith(PREFIX)]
 
 
 def model_path(context: StageContext, model: str) -> str:
     """The directory of a model that a stage made or that lies outside the run. Raises SettingsError when the stage made none."""
-    return context.path(model) if is_path(model) else context.model_of(model)
+    if model.startswith(PREFIX):
+        return model  # every machine converts it for itself
+    return context.path(model) if is_external(model) else context.model_of(model)
 
 
 def shares(value: Mixed) -> dict[str, Share]:
@@ -71,10 +80,10 @@ class TrainingStage(OptimizerSettings, Stage):
     model: ModelShape | str
 
     def input_names(self) -> list[str]:
-        return [*shares(self.input), *([self.model] if isinstance(self.model, str) and not is_path(self.model) else [])]
+        return [*shares(self.input), *([self.model] if isinstance(self.model, str) and not is_external(self.model) else [])]
 
     def files(self) -> list[str]:
-        return [self.model] if isinstance(self.model, str) and is_path(self.model) else []
+        return paths([self.model]) if isinstance(self.model, str) else []
 
     def job(self, context: StageContext) -> dict[str, Any]:
         """The job's configuration."""
@@ -107,7 +116,8 @@ class PretrainStage(PretrainSettings, TrainingStage):
     kind: Literal["pretrain"] = "pretrain"
     input: Mixed = Field(description="A pack stage, or pack stages with their shares of tokens.")
     model: ModelShape | str = Field(
-        default=ModelShape(), description="A shape to start from scratch; or a stage that made a model, or a path (with a `/`)."
+        default=ModelShape(),
+        description="A shape to start from scratch; or a stage that made a model, a path (with a `/`), or `packaged:NAME`.",
     )
 
     def job(self, context: StageContext) -> dict[str, Any]:
@@ -121,7 +131,7 @@ class FinetuneStage(FinetuneSettings, TrainingStage):
         "micro_batch_examples", "sharding", "activation_checkpointing",
     }  # fmt: skip
 
-    model: str = Field(description="The stage that made the model to start from, or a path (with a `/`).")
+    model: str = Field(description="The stage that made the model to start from, a path (with a `/`), or `packaged:NAME`.")
 
     def job(self, context: StageContext) -> dict[str, Any]:
         return {**super().job(context), "most_steps": context.limit}
