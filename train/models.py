@@ -7,13 +7,27 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig, PreTrainedTokenizerFast, Qwen3Config
+import yaml
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    LlamaConfig,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3MoeConfig,
+)
 from transformers.modeling_utils import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from cluster import storage
+from operators.config import parse
+from operators.synthesis import packaged
 from train import adapters, artifacts
 from train.settings import ModelShape
+
+SHAPES = Path(__file__).parent / "shapes"
+"""Shapes that come along, each a YAML file named by its size."""
 
 END_OF_TEXT, TURN_START, TURN_END, PADDING = "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|pad|>"
 """The special tokens that Danlu's tokenizers have. `<|endoftext|>` ends a document, `<|im_end|>` a turn."""
@@ -39,15 +53,36 @@ CHAT_TEMPLATE = """\
 """ChatML. The generation marks enclose what the model must learn to write: the reply and the token that ends it."""
 
 
-def configuration(shape: ModelShape, vocab: int, context: int, eos: int | None, pad: int | None) -> LlamaConfig | Qwen3Config:
+Configuration = LlamaConfig | Qwen3Config | Qwen3MoeConfig
+
+
+def read_shape(path: str) -> ModelShape:
+    """The shape in a small YAML file (a local path or URI), or one of those that come along, by name: `0.1b`, `1b`, ...
+
+    Raises FileNotFoundError that lists the names, or operators.config.SettingsError that names the file and the key.
+    """
+    named = SHAPES / f"{path}.yaml"
+    place = str(named) if named.is_file() else path
+    if not storage.exists(place):
+        names = ", ".join(sorted(file.stem for file in SHAPES.glob("*.yaml")))
+        raise FileNotFoundError(f"no shape at {path}: neither a file nor one of {names}")
+    try:
+        values = yaml.safe_load(storage.read_bytes(place))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{place} is no YAML: {error}") from None
+    return parse(ModelShape, values, place)
+
+
+def configuration(shape: ModelShape, vocab: int, context: int, eos: int | None, pad: int | None) -> Configuration:
     """The transformers configuration of a shape.
 
     Raises ValueError when heads do not divide or the embedding is smaller than the tokenizer.
     """
     kv_heads = shape.kv_heads or shape.heads
-    if shape.hidden % shape.heads or shape.heads % kv_heads:
+    if (shape.head_width is None and shape.hidden % shape.heads) or shape.heads % kv_heads:
         raise ValueError(
-            f"model: heads ({shape.heads}) must divide hidden ({shape.hidden}) and kv_heads ({kv_heads}) must divide heads"
+            f"model: heads ({shape.heads}) must divide hidden ({shape.hidden}), unless head_width is given, and kv_heads "
+            f"({kv_heads}) must divide heads"
         )
     if shape.vocab is not None and shape.vocab < vocab:
         raise ValueError(f"model.vocab is {shape.vocab}, but the tokenizer has {vocab} tokens")
@@ -60,7 +95,7 @@ def configuration(shape: ModelShape, vocab: int, context: int, eos: int | None, 
         "num_hidden_layers": shape.layers,
         "num_attention_heads": shape.heads,
         "num_key_value_heads": kv_heads,
-        "head_dim": shape.hidden // shape.heads,
+        "head_dim": shape.head_width or shape.hidden // shape.heads,
         "max_position_embeddings": shape.context or context,
         "initializer_range": shape.initializer,
         "rms_norm_eps": shape.norm_eps,
@@ -70,10 +105,23 @@ def configuration(shape: ModelShape, vocab: int, context: int, eos: int | None, 
         "eos_token_id": eos,
         "pad_token_id": pad,
     }
-    return LlamaConfig(**common) if shape.architecture == "llama" else Qwen3Config(**common, use_sliding_window=False)
+    if shape.architecture == "llama":
+        return LlamaConfig(**common)
+    if shape.architecture == "qwen3":
+        return Qwen3Config(**common, use_sliding_window=False)
+    assert shape.experts and shape.experts_per_token and shape.expert_intermediate, "ModelShape asks for them"
+    return Qwen3MoeConfig(
+        **common,
+        use_sliding_window=False,
+        num_experts=shape.experts,
+        num_experts_per_tok=shape.experts_per_token,
+        moe_intermediate_size=shape.expert_intermediate,
+        norm_topk_prob=True,
+        router_aux_loss_coef=shape.balance_loss,
+    )
 
 
-def create(config: LlamaConfig | Qwen3Config, seed: int) -> PreTrainedModel:
+def create(config: Configuration, seed: int) -> PreTrainedModel:
     """A model with fresh float32 weights, the same for one seed on every worker."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -97,7 +145,12 @@ def load(path: str) -> PreTrainedModel:
 
 
 def model_directory(path: str) -> Path:
-    """The local directory of a checkpoint. Raises FileNotFoundError when it is no model in Hugging Face layout."""
+    """The local directory of a checkpoint, which may be `packaged:NAME` (converted once on this machine).
+
+    Raises FileNotFoundError when it is no model in Hugging Face layout, ModelError for an unknown packaged one.
+    """
+    if path.startswith(packaged.PREFIX):
+        return Path(packaged.resolve_model(path, str(artifacts.cache_directory())))
     try:
         directory = artifacts.local_directory(path)
     except FileNotFoundError:

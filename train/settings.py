@@ -5,29 +5,51 @@ from __future__ import annotations
 from typing import Literal
 from urllib.parse import urlsplit
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from operators.config import Settings
 from train.schedule import Schedule
 
 
 class ModelShape(Settings):
-    """A decoder-only transformer: RoPE, grouped-query attention, RMSNorm, SwiGLU."""
+    """A decoder-only transformer: RoPE, grouped-query attention, RMSNorm, SwiGLU; with experts for `qwen3_moe`."""
 
-    architecture: Literal["llama", "qwen3"] = Field(default="llama", description="Qwen3 adds RMSNorm on queries and keys.")
+    architecture: Literal["llama", "qwen3", "qwen3_moe"] = Field(
+        default="llama", description="Qwen3 adds RMSNorm on queries and keys, qwen3_moe experts instead of the MLP."
+    )
     layers: int = Field(default=4, ge=1, description="Transformer blocks.")
     hidden: int = Field(default=256, ge=8, description="Width of the residual stream.")
-    heads: int = Field(default=4, ge=1, description="Query heads; must divide `hidden`.")
+    heads: int = Field(default=4, ge=1, description="Query heads.")
     kv_heads: int | None = Field(default=None, ge=1, description="Key and value heads; must divide `heads`. Default: `heads`.")
+    head_width: int | None = Field(
+        default=None, ge=2, multiple_of=2, description="Width of a head. Default: `hidden` / `heads`, which must divide then."
+    )
     intermediate: int | None = Field(
         default=None, ge=8, description="Width of the MLP. Default: 8/3 of `hidden`, rounded up to a multiple of 64."
     )
+    experts: int | None = Field(default=None, ge=2, description="Experts of a block (qwen3_moe).")
+    experts_per_token: int | None = Field(default=None, ge=1, description="Experts that a token is sent to (qwen3_moe).")
+    expert_intermediate: int | None = Field(default=None, ge=8, description="Width of one expert (qwen3_moe).")
+    balance_loss: float = Field(default=0.001, ge=0, description="Factor of the loss that balances experts (qwen3_moe).")
     vocab: int | None = Field(default=None, ge=1, description="Rows of the embedding. Default, and least: the tokenizer's size.")
     context: int | None = Field(default=None, ge=8, description="Longest position. Default: the packed length.")
     rope_theta: float = Field(default=10_000.0, gt=0, description="Base of the rotary frequencies.")
     tie_embeddings: bool = Field(default=True, description="One matrix for input and output embeddings.")
     norm_eps: float = Field(default=1e-6, gt=0, description="Epsilon of RMSNorm.")
     initializer: float = Field(default=0.02, gt=0, description="Standard deviation of initial weights.")
+
+    @model_validator(mode="after")
+    def _experts(self) -> ModelShape:
+        given = {name: getattr(self, name) for name in ("experts", "experts_per_token", "expert_intermediate")}
+        if self.architecture == "qwen3_moe":
+            missing = [name for name, value in given.items() if value is None]
+            if missing:
+                raise ValueError(f"qwen3_moe needs {', '.join(missing)}")
+            if self.experts_per_token > self.experts:  # type: ignore[operator]
+                raise ValueError(f"experts_per_token ({self.experts_per_token}) is more than experts ({self.experts})")
+        elif unused := [name for name, value in given.items() if value is not None]:
+            raise ValueError(f"{self.architecture} has no experts: leave out {', '.join(unused)}, or choose qwen3_moe")
+        return self
 
 
 class RowsInput(Settings):
