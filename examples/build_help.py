@@ -111,8 +111,8 @@ def build(file: Path) -> dict[str, list[dict[str, Any]]]:
             choices = [held[(number + step) % len(held)][2] for step in range(1, 4)]
             place = order(name, "place") % 4
             choices.insert(place, answer)
-            row = {"id": f"quiz-{lang}-{name}", "lang": lang}
-            rows["help_quiz"].append({**row, "question": question, "choices": choices, "answer": place})
+            row = {"id": f"quiz-{lang}-{name}", "lang": lang, "question": question, "choices": choices, "answer": place}
+            rows["help_quiz"].append({**row, "reply": answer})  # by which decontamination finds the page
     return rows
 
 
