@@ -282,6 +282,18 @@ class PlannedTrainer:
     def create_model_card(self, *_: Any, **__: Any) -> None:
         """Model cards are for hubs; a run is described by its manifest."""
 
+    def announcement(self, planned: dict[str, Any]) -> str:
+        """What is told before the first step."""
+        return announcement(self.job, planned)
+
+    def finale(self) -> dict[str, Any]:
+        """Called by all workers after the last step, before the export: what else belongs in the result."""
+        return {}
+
+    def write_rows(self, directory: str, taken: Iterator[pa.Table]) -> None:
+        """Commit the stage's rows, on the first worker: the samples that were `taken`, in order."""
+        samples.write(directory, taken)
+
 
 class Follow(TrainerCallback):
     """Reports each step, collects the curve, and stops where all workers agree to: because the user asked, or early.
@@ -437,18 +449,19 @@ def complete(
     trainer.workers, trainer.root = workers, root
     follow.penalties = tuple(trainer.penalties)
     follow.keep = lambda step: _keep_best(trainer, root, step, workers)
-    train(trainer, follow, root, workers, announcement(job, plan(job, examples, mixture)))
+    train(trainer, follow, root, workers, trainer.announcement(plan(job, examples, mixture)))
     if follow.best is not None:
         best = storage.join(root, f"best-{follow.best['step']}")
         workers.together(lambda: snapshots.load(artifacts.local_directory(best), sharding.trained(trainer.model), None))
+    more = trainer.finale()
     sharding.gather(trainer.model, keep=workers.first)
     # What was learned after an early stop is nothing: the job is as long as it was.
     done = job.model_copy(update={"steps": follow.curve[-1]["step"]}) if follow.exhausted else job
 
     def write() -> dict[str, Any]:
-        result = outcome(done, examples, mixture, follow, trainer.model, workers)
+        result = {**outcome(done, examples, mixture, follow, trainer.model, workers), **more}
         export(trainer.model, trainer.processing_class, directory, generation, job.model)
-        samples.write(directory, samples.finetuning(mixture, examples.ids, done.planned_steps, job.batch_examples))
+        trainer.write_rows(directory, samples.finetuning(mixture, examples.ids, done.planned_steps, job.batch_examples))
         return samples.write_result(directory, result)
 
     result = workers.on_first(write)
