@@ -30,6 +30,7 @@ STAGES: dict[str, str] = {
     "pretrain": "pipelines.stages.training:PretrainStage",
     "sft": "pipelines.stages.training:SftStage",
     "dpo": "pipelines.stages.alignment:DpoStage",
+    "fisher": "pipelines.stages.fisher:FisherStage",
     "merge": "pipelines.stages.alignment:MergeStage",
     "reviewed": "pipelines.stages.reviewed:ReviewedStage",
     "evaluate": "pipelines.stages.evaluation:EvaluateStage",

@@ -7,10 +7,13 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
+from cluster import storage
+from operators import shards
+from operators.config import SettingsError
 from operators.stage import Cancelled, Stage, StageContext
 from operators.synthesis.packaged import PREFIX
 from train.errors import JobCancelled, TrainingError
-from train.settings import ModelShape, OptimizerSettings, PretrainSettings, Share
+from train.settings import EwcTerm, ModelShape, OptimizerSettings, PretrainSettings, Share
 from train.settings_finetune import FinetuneSettings, SftSettings
 
 Mixed = str | dict[str, float | Share]
@@ -32,6 +35,17 @@ def model_path(context: StageContext, model: str) -> str:
     if model.startswith(PREFIX):
         return model  # every machine converts it for itself
     return context.path(model) if is_external(model) else context.model_of(model)
+
+
+def fisher_path(context: StageContext, fisher: str) -> str:
+    """The directory of a Fisher diagonal that a stage made or that lies outside the run. Raises SettingsError."""
+    if is_external(fisher):
+        return context.path(fisher)
+    directory = context.inputs[fisher]
+    files = shards.load_manifest(directory).files
+    if "fisher" not in files:
+        raise SettingsError(f"stage {context.stage}: ewc: stage {fisher!r} is no `fisher` stage (it makes {sorted(files)})")
+    return storage.join(directory, files["fisher"])
 
 
 def shares(value: Mixed) -> dict[str, Share]:
@@ -79,16 +93,23 @@ class TrainingStage(OptimizerSettings, Stage):
     input: Mixed
     model: ModelShape | str
 
+    def penalties(self) -> list[EwcTerm]:
+        """Those on moving away from models, of a kind that has any."""
+        return list(getattr(self, "ewc", []))
+
     def input_names(self) -> list[str]:
-        return [*shares(self.input), *([self.model] if isinstance(self.model, str) and not is_external(self.model) else [])]
+        made = [*([self.model] if isinstance(self.model, str) else []), *(term.fisher for term in self.penalties())]
+        return list(dict.fromkeys([*shares(self.input), *(name for name in made if not is_external(name))]))
 
     def files(self) -> list[str]:
-        return paths([self.model]) if isinstance(self.model, str) else []
+        return paths([*([self.model] if isinstance(self.model, str) else []), *(term.fisher for term in self.penalties())])
 
     def job(self, context: StageContext) -> dict[str, Any]:
         """The job's configuration."""
+        terms = [{**term.model_dump(), "fisher": fisher_path(context, term.fisher)} for term in self.penalties()]
         return {
             **self.model_dump(mode="json", include=set(self.told.model_fields)),
+            **({"ewc": terms} if terms else {}),
             "inputs": [
                 {"name": name, "directory": context.inputs[name], **share.model_dump()}
                 for name, share in shares(self.input).items()
@@ -112,6 +133,10 @@ class PretrainStage(PretrainSettings, TrainingStage):
     """Trains a decoder-only model on packed sequences, from scratch or from a checkpoint (continued pretraining)."""
 
     told: ClassVar[type[OptimizerSettings]] = PretrainSettings
+    version: ClassVar[str] = "2"
+    operational: ClassVar[frozenset[str]] = TrainingStage.operational | {
+        "parallel", "activation_checkpointing", "compile", "micro_batch_sequences", "loss_chunk_tokens", "keep_checkpoints",
+    }  # fmt: skip
 
     kind: Literal["pretrain"] = "pretrain"
     input: Mixed = Field(description="A pack stage, or pack stages with their shares of tokens.")
@@ -121,7 +146,7 @@ class PretrainStage(PretrainSettings, TrainingStage):
     )
 
     def job(self, context: StageContext) -> dict[str, Any]:
-        return {**super().job(context), "steps": limited(self.steps, context.limit)}
+        return {**super().job(context), "most_steps": context.limit}
 
 
 class FinetuneStage(FinetuneSettings, TrainingStage):
@@ -134,13 +159,23 @@ class FinetuneStage(FinetuneSettings, TrainingStage):
     model: str = Field(description="The stage that made the model to start from, a path (with a `/`), or `packaged:NAME`.")
 
     def job(self, context: StageContext) -> dict[str, Any]:
-        return {**super().job(context), "most_steps": context.limit}
+        job = {**super().job(context), "most_steps": context.limit}
+        if self.chat_template is not None and is_path(self.chat_template):
+            job["chat_template"] = context.path(self.chat_template)
+        return job
+
+    def files(self) -> list[str]:
+        return [*super().files(), *([self.chat_template] if self.chat_template is not None and is_path(self.chat_template) else [])]
 
 
 class SftStage(SftSettings, FinetuneStage):
     """Fine-tunes a model on conversations: loss on what the assistant says, inputs mixed by weight, LoRA if wanted."""
 
     told: ClassVar[type[OptimizerSettings]] = SftSettings
+    version: ClassVar[int] = 2  # a tokenizer's own chat template is kept
 
     kind: Literal["sft"] = "sft"
-    input: Mixed = Field(description="A stage with conversations, or stages with their shares of the mixture.")
+    input: Mixed = Field(
+        description="A stage with conversations or documents, or stages with their shares of the mixture. Documents are rehearsed "
+        "as in pretraining: loss on all tokens, no chat template."
+    )
