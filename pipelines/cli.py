@@ -150,6 +150,12 @@ def _run_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--runs", default="runs", metavar="DIR", help="folder or URI that holds the runs (default: runs)")
     parser.add_argument("--limit", type=_positive, metavar="N", help="trial run: N rows a read, N synthesised rows, N steps")
     parser.add_argument("--workers", type=_positive, default=2, metavar="N", help="workers of a stage (default: 2)")
+    parser.add_argument(
+        "--train-workers",
+        type=_positive,
+        metavar="N",
+        help="workers of a training stage (default: one a GPU, without GPUs --workers)",
+    )
     parser.add_argument("--cpus", type=_positive, metavar="N", help="logical CPUs of the Ray that is started here")
 
 
@@ -180,6 +186,7 @@ def _run(parsed: argparse.Namespace) -> int:
         runs=parsed.runs,
         limit=parsed.limit,
         workers=parsed.workers,
+        train_workers=parsed.train_workers,
         address=parsed.address,
         cpus=parsed.cpus,
         command=shlex.join(["danlu", *sys.argv[1:]]),
@@ -350,6 +357,8 @@ def _submit(parsed: argparse.Namespace) -> int:
 
     load_recipe(parsed.recipe)
     extra = ["--workers", str(parsed.workers), "--address", "auto"]
+    if parsed.train_workers is not None:
+        extra += ["--train-workers", str(parsed.train_workers)]
     if parsed.limit is not None:
         extra += ["--limit", str(parsed.limit)]
     return submit(

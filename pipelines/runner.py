@@ -55,6 +55,7 @@ class Options:
     runs: str = "runs"
     limit: int | None = None
     workers: int = 2
+    train_workers: int | None = None  # default: one a GPU where there are any, else `workers`
     address: str | None = None
     cpus: int | None = None
     base_directory: str = field(default_factory=os.getcwd)
@@ -332,9 +333,11 @@ class Services:
 
         with self._lock:
             if self._group is None:
-                self._group = TrainGroup(
-                    workers=self._run.options.workers, storage_path=storage.join(self._run.directory, ".train")
-                )
+                import ray
+
+                options = self._run.options
+                workers = options.train_workers or int(ray.cluster_resources().get("GPU", 0)) or options.workers
+                self._group = TrainGroup(workers=workers, storage_path=storage.join(self._run.directory, ".train"))
                 self._group.start()
             return self._group
 
@@ -438,6 +441,10 @@ def resume_command(options: Options, recipe_path: str) -> str:
         pieces += ["--runs", options.runs]
     if options.limit is not None:
         pieces += ["--limit", str(options.limit)]
+    if options.workers != 2:
+        pieces += ["--workers", str(options.workers)]
+    if options.train_workers is not None:
+        pieces += ["--train-workers", str(options.train_workers)]
     if options.address is not None:
         pieces += ["--address", options.address]
     return shlex.join(pieces)
