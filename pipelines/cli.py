@@ -154,7 +154,7 @@ def _run_options(parser: argparse.ArgumentParser) -> None:
         "--train-workers",
         type=_positive,
         metavar="N",
-        help="workers of a training stage (default: one a GPU, without GPUs --workers)",
+        help="workers of a training stage (default: one a GPU, else --workers)",
     )
     parser.add_argument("--cpus", type=_positive, metavar="N", help="logical CPUs of the Ray that is started here")
 
