@@ -23,34 +23,17 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from cluster import storage
 from operators.config import parse
 from operators.synthesis import packaged
-from train import adapters, artifacts
+from train import adapters, artifacts, templates
 from train.settings import ModelShape
 
 SHAPES = Path(__file__).parent / "shapes"
 """Shapes that come along, each a YAML file named by its size."""
 
-END_OF_TEXT, TURN_START, TURN_END, PADDING = "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|pad|>"
+END_OF_TEXT, PADDING = "<|endoftext|>", "<|pad|>"
 """The special tokens that Danlu's tokenizers have. `<|endoftext|>` ends a document, `<|im_end|>` a turn."""
 
-CHAT_TEMPLATE = """\
-{%- if tools %}
-{{- '<|im_start|>system\\n' }}
-{%- if messages and messages[0]['role'] == 'system' %}{{- messages[0]['content'] | trim + '\\n\\n' }}{%- endif %}
-{{- 'Tools, as JSON:\\n' }}
-{%- for tool in tools %}{{- tool | tojson + '\\n' }}{%- endfor %}
-{{- '<|im_end|>\\n' }}
-{%- endif %}
-{%- for message in messages %}
-{%- if message['role'] == 'assistant' %}
-{{- '<|im_start|>assistant\\n' }}
-{%- generation %}{{- message['content'] | trim + '<|im_end|>' }}{%- endgeneration %}
-{{- '\\n' }}
-{%- elif not (tools and loop.first and message['role'] == 'system') %}
-{{- '<|im_start|>' + message['role'] + '\\n' + message['content'] | trim + '<|im_end|>\\n' }}
-{%- endif %}
-{%- endfor %}
-{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"""
-"""ChatML. The generation marks enclose what the model must learn to write: the reply and the token that ends it."""
+CHAT_TEMPLATE = templates.CHATML
+"""What Danlu's own models speak."""
 
 
 Configuration = LlamaConfig | Qwen3Config | Qwen3MoeConfig
@@ -186,32 +169,31 @@ def wrap_tokenizer(file: Path) -> PreTrainedTokenizerBase:
     )
 
 
-def as_chat(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
-    """Give tokenizer and model what a chat needs: the template, and the end of a turn as a stop token.
+def as_chat(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, chat_template: str | None = None) -> None:
+    """Give tokenizer and model what a chat needs: a template with marks (`train.templates`) and its end of a turn as a stop token.
 
-    A tokenizer that has a template with generation marks keeps it. Raises ValueError when the tokens of ChatML are absent.
+    Raises templates.TemplateRefused, a ValueError, when the tokenizer's own template cannot be used or there is none.
     """
-    if tokenizer.chat_template and "generation" in str(tokenizer.chat_template) and "endgeneration" in str(tokenizer.chat_template):
-        return
-    vocabulary = tokenizer.get_vocab()
-    missing = [token for token in (TURN_START, TURN_END) if token not in vocabulary]
-    if missing:
-        raise ValueError(
-            f"the tokenizer lacks the special tokens {missing} that a conversation needs; train it with them, or use a "
-            "model whose tokenizer has a chat template with {% generation %} marks"
+    end = tokenizer.convert_tokens_to_ids(templates.prepare(tokenizer, chat_template))
+    given = model.generation_config.eos_token_id if model.generation_config is not None else None
+    known = set(given if isinstance(given, list) else [given])
+    if end not in known:
+        model.generation_config = GenerationConfig(
+            eos_token_id=sorted(int(stop) for stop in {end, tokenizer.eos_token_id} - {None}),
+            pad_token_id=tokenizer.pad_token_id,
+            do_sample=False,
         )
-    tokenizer.chat_template = CHAT_TEMPLATE
-    stops = {vocabulary[TURN_END], tokenizer.eos_token_id} - {None}
-    model.generation_config = GenerationConfig(
-        eos_token_id=sorted(int(stop) for stop in stops), pad_token_id=tokenizer.pad_token_id, do_sample=False
-    )
 
 
 def export(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, destination: str) -> None:
     """Write weights (safetensors), configuration and tokenizer in the layout that transformers and vLLM load."""
     with artifacts.building(destination) as directory:
         model.save_pretrained(directory)
+        marked = tokenizer.chat_template
+        if isinstance(marked, str):
+            tokenizer.chat_template = templates.unmarked(marked)
         tokenizer.save_pretrained(directory)
+        tokenizer.chat_template = marked
 
 
 def parameter_counts(model: torch.nn.Module) -> tuple[int, int]:

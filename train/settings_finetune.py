@@ -57,6 +57,11 @@ class FinetuneSettings(OptimizerSettings):
     )
     learning_rate: float = Field(gt=0, description="Peak learning rate of AdamW.")
     weight_decay: float = Field(default=0.0, ge=0, description="AdamW's weight decay.")
+    chat_template: str | None = Field(
+        default=None,
+        description="Instead of the tokenizer's own: chatml, llama3, gemma, llama2, mistral, alpaca (plain text, for a base "
+        "model), or a file (with a `/`) of a Jinja template.",
+    )
     sharding: Literal["none", "ddp", "fsdp2"] = Field(
         default="ddp",
         description="With several workers: the whole model on each (`ddp`), or weights, gradients and optimizer cut among them "

@@ -11,6 +11,7 @@ from typing import Any, cast
 import numpy as np
 import pyarrow as pa
 import torch
+from jinja2 import TemplateError
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from trl import SFTConfig, SFTTrainer
 
@@ -141,7 +142,7 @@ def run(job: SftJob, directory: str, workers: Workers) -> dict[str, Any]:
     def prepare() -> tuple[Any, ...]:
         lora.check(job)
         model, tokenizer = lora.load_base(job.model, job.lora, workers.device), models.load_tokenizer(job.model)
-        models.as_chat(tokenizer, model)
+        models.as_chat(tokenizer, model, job.chat_template)
         model.config.use_cache = False
         examples = encode(job, tokenizer)
         planned = finetune.settled(job, examples)
@@ -229,24 +230,37 @@ def _rows(
         return
     for batch in finetune.rows_of([directory], ["id", "messages", "tools"]):
         rows = finetune.without_control_tokens(batch, ["messages"], tokenizer, aside).to_pydict()
-        yield rows["id"], encode_conversations(tokenizer, rows["messages"], rows["tools"])
+        encoded = encode_conversations(tokenizer, rows["messages"], rows["tools"])
+        usable = [(key, item) for key, item in zip(rows["id"], encoded, strict=True) if item[0]]
+        if len(usable) < len(encoded):
+            aside["refused_by_chat_template"] += len(encoded) - len(usable)
+        yield [key for key, _ in usable], [item for _, item in usable]
 
 
 def encode_conversations(
     tokenizer: PreTrainedTokenizerBase, conversations: list[list[dict[str, str]]], tools: list[str | None]
 ) -> list[tuple[list[int], list[int]]]:
-    """(input ids, labels) of each conversation by the tokenizer's chat template, whose generation marks give the labels."""
+    """(input ids, labels) of each conversation by the tokenizer's chat template, whose generation marks give the labels.
+
+    Both are empty for a conversation that the template refuses (some know no system prompt, or want
+    user and assistant to alternate).
+    """
     plain = [index for index, tool in enumerate(tools) if not tool]
-    result: list[tuple[list[int], list[int]] | None] = [None] * len(conversations)
+    result: list[tuple[list[int], list[int]]] = [([], []) for _ in conversations]
 
     def put(indices: list[int], schemas: list[Any] | None) -> None:
-        encoded: Any = tokenizer.apply_chat_template(
-            [conversations[index] for index in indices],
-            tools=schemas,
-            tokenize=True,
-            return_dict=True,
-            return_assistant_tokens_mask=True,
-        )
+        try:
+            encoded: Any = tokenizer.apply_chat_template(
+                [conversations[index] for index in indices],
+                tools=schemas,
+                tokenize=True,
+                return_dict=True,
+                return_assistant_tokens_mask=True,
+            )
+        except TemplateError:
+            for index in indices if len(indices) > 1 else ():
+                put([index], schemas)
+            return
         for index, input_ids, mask in zip(indices, encoded["input_ids"], encoded["assistant_masks"], strict=True):
             labels = [token if marked else IGNORE for token, marked in zip(input_ids, mask, strict=True)]
             result[index] = (input_ids, labels)
@@ -256,4 +270,4 @@ def encode_conversations(
     for index, tool in enumerate(tools):
         if tool:
             put([index], json.loads(tool))
-    return [item for item in result if item is not None]
+    return result

@@ -133,7 +133,7 @@ class PretrainStage(PretrainSettings, TrainingStage):
     """Trains a decoder-only model on packed sequences, from scratch or from a checkpoint (continued pretraining)."""
 
     told: ClassVar[type[OptimizerSettings]] = PretrainSettings
-    version: ClassVar[str] = "2"
+    version: ClassVar[int] = 2
     operational: ClassVar[frozenset[str]] = TrainingStage.operational | {
         "parallel", "activation_checkpointing", "compile", "micro_batch_sequences", "loss_chunk_tokens", "keep_checkpoints",
     }  # fmt: skip
@@ -160,12 +160,12 @@ class FinetuneStage(FinetuneSettings, TrainingStage):
 
     def job(self, context: StageContext) -> dict[str, Any]:
         job = {**super().job(context), "most_steps": context.limit}
-        if self.chat_template is not None and is_path(self.chat_template):
+        if self.chat_template is not None and paths([self.chat_template]):
             job["chat_template"] = context.path(self.chat_template)
         return job
 
     def files(self) -> list[str]:
-        return [*super().files(), *([self.chat_template] if self.chat_template is not None and is_path(self.chat_template) else [])]
+        return [*super().files(), *paths([self.chat_template] if self.chat_template is not None else [])]
 
 
 class SftStage(SftSettings, FinetuneStage):
