@@ -1,4 +1,4 @@
-"""Pretraining: a short loop over packed sequences, data parallel, exact to the sample.
+"""Pretraining: a short loop over packed sequences, exact to the sample, the same under every parallel layout.
 
 The loss of a step is the sum over all workers' tokens divided by their number, so it does not depend on how the batch
 was cut. Run it as one process, under torchrun, or as a job of a Ray Train group:
@@ -13,47 +13,61 @@ import json
 import math
 import sys
 import time
-from contextlib import nullcontext
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import torch
-import torch.nn.functional as F
-from torch.nn.parallel import DistributedDataParallel
+from transformers import AutoConfig
 from transformers.modeling_utils import PreTrainedModel
 
 from cluster import storage
+from operators import shards
 from operators.config import parse
-from train import checkpoint, models, samples
+from train import adapters, checkpoint, layout, models, samples
 from train.errors import JobCancelled, NonFiniteLoss
-from train.loader import IGNORE, Batch, PackedTokens, TokenLoader, micro_batches, rank_positions, tokenizer_file
+from train.layout import Layout, Penalty
+from train.loader import PackedTokens, TokenLoader, micro_batches, rank_positions, tokenizer_file
+from train.objective import PackedLoss, prepare
 from train.parallel import Workers
 from train.settings import PretrainJob
 from train.tracking import Tracked
+
+_NAMED_ROWS, _NAMED_DOCUMENTS = 32, 3
 
 
 def run(job: PretrainJob, directory: str, workers: Workers) -> dict[str, Any]:
     """Train and export to `directory`/model; write `directory`/parts (which sample was taken in which step).
 
     Returns {"curve", "parameters", "trainable_parameters", "steps", "tokens", "samples", "mixture", "timings"}. Called
-    again after a crash it goes on from the last checkpoint; called again when finished it returns the result on file.
-    Raises NonFiniteLoss naming the batch, JobCancelled when the user stopped.
+    again after a crash it goes on from the last checkpoint, also with other workers or another layout; called again when
+    finished it returns the result on file. Raises ValueError for a layout that does not fit, naming those that do,
+    NonFiniteLoss naming the batch, JobCancelled when the user stopped.
     """
     root = storage.join(directory, "checkpoints")
     finished = workers.share(samples.read_result(directory) if workers.first else None)
     if finished is not None:
         workers.on_first(lambda: storage.delete(root))
         return finished
-    loader, tokenizer = workers.together(lambda: _open(job, workers))
-    model = workers.together(lambda: _model(job, loader, tokenizer))
-    model.to(workers.device)  # type: ignore[arg-type]
-    training = _Training(job, directory, workers, loader, model)
-    workers.together(training.resume)
-    training.train()
+    layout.choose(job, workers)
+    loader, tokenizer = workers.together(lambda: _open(job))
+    config = workers.together(lambda: _configuration(job, loader, tokenizer))
+    place = layout.set_up(layout.choose(job, workers, config))
+    objective = _placed(job, loader, tokenizer, place)
+    training = _Training(job, root, place, loader, objective)
+    try:
+        training.resume()
+        training.train()
+    finally:
+        training.close()
+    model = layout.gathered(objective.network, place)
 
     def write() -> dict[str, Any]:
+        assert model is not None
         models.export(model, tokenizer, storage.join(directory, "model"))
-        samples.write(directory, samples.pretraining(loader, job.steps, job.batch_sequences))
+        samples.write(directory, samples.pretraining(loader, training.steps, job.batch_sequences))
         return samples.write_result(directory, training.result())
 
     result = workers.share(workers.on_first(write))
@@ -61,176 +75,247 @@ def run(job: PretrainJob, directory: str, workers: Workers) -> dict[str, Any]:
     return result
 
 
-def _open(job: PretrainJob, workers: Workers) -> tuple[TokenLoader, Any]:
-    rank_positions(0, job.batch_sequences, workers.rank, workers.world)
+def _open(job: PretrainJob) -> tuple[TokenLoader, Any]:
     corpora = [PackedTokens(item.directory) for item in job.inputs]
     loader = TokenLoader(corpora, [item.weight for item in job.inputs], job.seed, [item.name for item in job.inputs])
     return loader, models.wrap_tokenizer(tokenizer_file(job.inputs[0].directory))
 
 
+def _configuration(job: PretrainJob, loader: TokenLoader, tokenizer: Any) -> Any:
+    """The model's configuration, before its weights exist."""
+    vocab = loader.corpora[0].vocab_size
+    if not isinstance(job.model, str):
+        eos = loader.corpora[0].index.get("eos_token_id")
+        return models.configuration(job.model, vocab, loader.length, eos, tokenizer.pad_token_id)
+    found = adapters.find(job.model)
+    directory = models.model_directory(job.model if found is None or found.inside else found.base)
+    config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+    if config.vocab_size < vocab:
+        raise ValueError(
+            f"the model at {job.model} knows {config.vocab_size} tokens, the packed corpus was made with {vocab}: pack with the "
+            "model's own tokenizer"
+        )
+    return config
+
+
 def _model(job: PretrainJob, loader: TokenLoader, tokenizer: Any) -> PreTrainedModel:
     if isinstance(job.model, str):
         model = models.load(job.model)
-        if model.config.vocab_size < loader.corpora[0].vocab_size:
-            raise ValueError(
-                f"the model at {job.model} knows {model.config.vocab_size} tokens, the packed corpus was made with "
-                f"{loader.corpora[0].vocab_size}: pack with the model's own tokenizer"
-            )
-        return model
-    index = loader.corpora[0].index
-    config = models.configuration(
-        job.model, loader.corpora[0].vocab_size, loader.length, index.get("eos_token_id"), tokenizer.pad_token_id
-    )
-    return models.create(config, job.seed)
+    else:
+        model = models.create(_configuration(job, loader, tokenizer), job.seed)
+    model.config.use_cache = False
+    return model
+
+
+def _placed(job: PretrainJob, loader: TokenLoader, tokenizer: Any, place: Layout) -> PackedLoss:
+    """The model and its loss, lying over the workers as the layout says."""
+    workers = place.workers
+
+    def objective(network: PreTrainedModel) -> PackedLoss:
+        layout.checkpoint_activations(network, job.activation_checkpointing)
+        if job.compile:
+            layout.compile_blocks(network)
+        return PackedLoss(network, z_loss=job.z_loss, chunk_tokens=job.loss_chunk_tokens)
+
+    if not place.cut:
+        made = workers.together(lambda: objective(_model(job, loader, tokenizer)))
+        return made.to(workers.device)
+    # Only the first worker ever holds a whole model, on its host.
+    source = workers.on_first(lambda: _model(job, loader, tokenizer))
+    config = workers.share(source.config if source is not None else None)
+    cut = workers.together(lambda: objective(layout.skeleton(config)))
+    layout.cut(cut, place, job.precision)
+    layout.fill(cut.network, source, place)
+    layout.fill_buffers(cut.network, source, place)
+    if source is not None:
+        cut.network.generation_config = source.generation_config
+    return cut
 
 
 class _Training:
-    """The loop's state: model, optimizer, how many steps and tokens are done, and the curve so far."""
+    """The loop's state: model, optimizer, how many steps and tokens are done, and the curve so far.
 
-    def __init__(self, job: PretrainJob, directory: str, workers: Workers, loader: TokenLoader, model: PreTrainedModel) -> None:
-        self.job, self.workers, self.loader, self.model = job, workers, loader, model
-        self.root = storage.join(directory, "checkpoints")
-        self.parameters = dict(model.named_parameters())
-        matrices = [p for p in self.parameters.values() if p.ndim >= 2]
-        vectors = [p for p in self.parameters.values() if p.ndim < 2]
+    `penalties` are terms that depend on the weights alone, by name; their values join the curve.
+    """
+
+    def __init__(self, job: PretrainJob, root: str, place: Layout, loader: TokenLoader, objective: PackedLoss) -> None:
+        self.job, self.root, self.place, self.workers, self.loader = job, root, place, place.workers, loader
+        self.objective = objective
+        self.steps = min(job.planned_steps(loader.length), job.most_steps or sys.maxsize)
+        self.penalties: dict[str, Penalty] = {}
+        self.parameters = dict(objective.network.named_parameters())
         self.optimizer = torch.optim.AdamW(
-            [{"params": matrices, "weight_decay": job.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
-            lr=job.learning_rate,
-            betas=job.betas,
+            layout.parameter_groups(self.parameters, job.weight_decay), lr=job.learning_rate, betas=job.betas, fused=True
         )
+        self.writer = checkpoint.Writer(root, self.parameters, self.workers, job.keep_checkpoints)
+        self.network = layout.wrapped(objective, place)
+        self.dtype = torch.bfloat16 if job.precision == "bf16" else torch.float32
         self.step = self.tokens = 0
         self.curve: list[dict[str, Any]] = []
         self.seconds = 0.0
         self.timed_tokens = 0
-        torch.manual_seed(job.seed * 1_000_003 + workers.rank)
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="batches")
+        self._next: tuple[int, Future[list[dict[str, Any]]]] | None = None
+        torch.manual_seed(job.seed * 1_000_003 + self.workers.rank)
 
     def resume(self) -> None:
-        """Load the newest checkpoint, if there is one."""
-        found = checkpoint.latest(self.root)
-        if found is None:
+        """Load the newest checkpoint, if there is one. All workers take part, and must see the same one."""
+        found = self.workers.together(lambda: checkpoint.newest(self.root))
+        step = self.workers.share(found[0] if found else None)
+        if step is None:
             return
-        step, directory = found
-        state = checkpoint.read_state(directory)
+        self.workers.together(lambda: self._load(step))
+
+    def _load(self, step: int) -> None:
+        found = checkpoint.newest(self.root)
+        if found is None or found[0] != step:
+            raise ValueError(
+                f"the checkpoint of step {step} in {self.root} is not seen by every worker: put the run where all see it"
+            )
+        reader = checkpoint.Reader(found[1])
+        state = reader.state
         if state["batch_sequences"] != self.job.batch_sequences:
-            raise ValueError(f"{directory} was written with batches of {state['batch_sequences']} sequences")
+            raise ValueError(f"{found[1]} was written with batches of {state['batch_sequences']} sequences")
         position = self.loader.resume(state["loader"])
         if position != step * self.job.batch_sequences:
-            raise ValueError(f"{directory} stands at sample {position}, which is not the start of step {step}")
-        weights = checkpoint.load_file(directory / "model.safetensors")
-        for name, parameter in self.parameters.items():
-            parameter.data.copy_(weights[name])
-        checkpoint.load_optimizer(self.optimizer, self.parameters, directory / "optimizer.safetensors")
-        random = checkpoint.load_random_states(directory / "random.safetensors")
-        mine = random.get(f"{self.workers.rank}/cpu")
-        if mine is not None:
-            torch.set_rng_state(mine)
-        if self.workers.device.type == "cuda" and f"{self.workers.rank}/cuda" in random:
-            torch.cuda.set_rng_state(random[f"{self.workers.rank}/cuda"], self.workers.device)
+            raise ValueError(f"{found[1]} stands at sample {position}, which is not the start of step {step}")
+        reader.load(self.parameters, self.optimizer)
+        random = reader.random_states(self.workers.rank)
+        if "cpu" in random:
+            torch.set_rng_state(random["cpu"])
+        if "cuda" in random and self.workers.device.type == "cuda":
+            torch.cuda.set_rng_state(random["cuda"], self.workers.device)
+        reader.close()
         self.step, self.tokens, self.curve = step, int(state["loader"]["tokens"]), state["curve"]
 
     def train(self) -> None:
         """All remaining steps."""
         job, workers = self.job, self.workers
-        network: torch.nn.Module = self.model
-        if workers.world > 1:
-            devices = [workers.device.index] if workers.device.type == "cuda" else None
-            network = DistributedDataParallel(self.model, device_ids=devices, gradient_as_bucket_view=True)
-        network.train()
-        while self.step < job.steps:
+        self.network.train()
+        while self.step < self.steps:
             started = time.perf_counter()
-            rate = job.learning_rate * job.schedule.factor(self.step, job.steps)
-            loss, norm, valid = self._step(network, rate)
-            self.seconds += time.perf_counter() - started
+            point = self._step(job.learning_rate * job.schedule.factor(self.step, self.steps))
             self.step += 1
-            self.tokens += valid
-            self.timed_tokens += valid
-            point = {
-                "step": self.step, "loss": round(loss, 6), "learning_rate": rate,
-                "gradient_norm": round(norm, 6), "tokens": self.tokens,
-            }  # fmt: skip
+            self.seconds += time.perf_counter() - started
             self.curve.append(point)
-            stop = workers.stop_requested(self.step, job.steps, "steps", point)
-            if self.step < job.steps and (stop or self.step % job.checkpoint_every == 0):
+            stop = workers.stop_requested(self.step, self.steps, "steps", dict(point))
+            if self.step < self.steps and (stop or self.step % job.checkpoint_every == 0):
                 self._save()
             if stop:
-                raise JobCancelled(f"stopped after step {self.step} of {job.steps}; the checkpoint is in {self.root}")
+                self.writer.finish()
+                raise JobCancelled(f"stopped after step {self.step} of {self.steps}; the checkpoint is in {self.root}")
+        self.writer.finish()
 
-    def _step(self, network: torch.nn.Module, rate: float) -> tuple[float, float, int]:
-        job, workers = self.job, self.workers
+    def close(self) -> None:
+        """End the threads."""
+        self._thread.shutdown(wait=True, cancel_futures=True)
+        self.writer.close()
+
+    def _batch(self, step: int) -> list[dict[str, Any]]:
+        """The micro batches that this worker takes in a step, as arguments of the loss."""
+        positions = rank_positions(step, self.job.batch_sequences, self.place.data_rank, self.place.data)
+        batch = self.loader.batch(positions)
+        pieces = micro_batches(len(batch.input_ids), self.job.micro_batch_sequences)
+        return [prepare(batch, piece, self.workers.device, self.dtype) for piece in pieces]
+
+    def _taken(self) -> list[dict[str, Any]]:
+        """The batch of this step; the next one is made ready in a thread meanwhile."""
+        if self._next is not None and self._next[0] == self.step:
+            batch = self._next[1].result()
+        else:
+            batch = self._batch(self.step)
+        ahead = self.step + 1
+        self._next = (ahead, self._thread.submit(self._batch, ahead)) if ahead < self.steps else None
+        return batch
+
+    def _step(self, rate: float) -> dict[str, Any]:
+        """One optimizer step; its point of the curve."""
+        job, workers, place = self.job, self.workers, self.place
         everyone = np.arange(self.step * job.batch_sequences, (self.step + 1) * job.batch_sequences)
         valid = int(self.loader.valid_tokens(everyone).sum())
         if valid == 0:
             raise ValueError(f"step {self.step}: none of its {job.batch_sequences} sequences has a token with loss")
-        batch = self.loader.batch(rank_positions(self.step, job.batch_sequences, workers.rank, workers.world))
-        pieces = micro_batches(len(batch.input_ids), job.micro_batch_sequences)
-        total = torch.zeros(1, dtype=torch.float64, device=workers.device)
+        pieces = self._taken()
+        sums = _Sums(workers.device)
         for number, piece in enumerate(pieces):
             last = number == len(pieces) - 1
-            quiet = nullcontext() if last or not isinstance(network, DistributedDataParallel) else network.no_sync()
-            with quiet:
-                loss = self._loss(network, batch, piece)
-                # DDP averages gradients over workers; the loss is a mean over all workers' tokens.
-                (loss * (workers.world / valid)).backward()
-            total += loss.detach().double()
-        loss_value = workers.sum(total).item() / valid
-        norm = float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), job.clip))
-        if not (math.isfinite(loss_value) and math.isfinite(norm)):
-            draw = self.loader.locate(everyone)
-            rows = ", ".join(f"{self.loader.names[s]}[{r}]" for s, r in zip(draw.source, draw.row, strict=True))
+            with layout.autocast(place, job.precision):
+                if last:
+                    loss, parts = self.network(**piece)
+                else:
+                    with layout.accumulating(self.network):
+                        loss, parts = self.network(**piece)
+            # Gradients are averaged over the groups of workers; the loss is a mean over all of their tokens.
+            scaled = loss * (place.data / valid)
+            if last:
+                scaled.backward()
+            else:
+                with layout.accumulating(self.network):
+                    scaled.backward()
+            sums.add(loss, parts)
+        layout.settle_gradients(self.parameters)
+        values = {name: penalty(self.parameters) for name, penalty in self.penalties.items()}
+        norm = layout.global_norm(self.parameters, place)
+        # One message for all: the sums, and how many workers have written their part of a checkpoint.
+        total = sums.over(workers, place.tensor, float(self.writer.written))
+        value = total.loss / valid
+        if not (math.isfinite(value) and math.isfinite(float(norm))):
             raise NonFiniteLoss(
-                f"step {self.step}: the loss is {loss_value} and the norm of the gradient {norm}, batch of sequences {rows}; "
-                f"learning rate {rate:.3g}. Lower the learning rate, lengthen the warm-up, or look at these sequences; "
-                f"the last checkpoint is in {self.root}"
+                f"step {self.step}: the loss is {value} and the norm of the gradient {float(norm)}, batch of sequences "
+                f"{self._named(everyone)}; learning rate {rate:.3g}. Lower the learning rate, lengthen the warm-up, or look at "
+                f"these sequences; the last checkpoint is in {self.root}"
             )
+        layout.scale_gradients(self.parameters, torch.clamp(job.clip / (norm + 1e-6), max=1.0))
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return loss_value, norm, valid
+        if self.writer.busy and total.flag >= workers.world:
+            self.writer.finish()
+        self.tokens += valid
+        self.timed_tokens += valid
+        return {
+            "step": self.step + 1, "loss": round(total.parts.pop("cross_entropy") / valid, 6), "learning_rate": rate,
+            "gradient_norm": round(float(norm), 6), "tokens": self.tokens,
+            **{name: round(part / valid, 6) for name, part in sorted(total.parts.items())},
+            **total.load,
+            **{name: round(float(penalty), 6) for name, penalty in values.items()},
+        }  # fmt: skip
 
-    def _loss(self, network: torch.nn.Module, batch: Batch, piece: slice) -> torch.Tensor:
-        """The summed cross entropy of some rows."""
-        device = self.workers.device
-        ids, positions, labels = (
-            torch.from_numpy(array[piece]).to(device, non_blocking=True)
-            for array in (batch.input_ids, batch.position_ids, batch.labels)
-        )
-        with torch.autocast(device.type, torch.bfloat16, enabled=self.job.precision == "bf16"):
-            logits = packed_logits(network, ids, positions)
-        return F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORE, reduction="sum")
+    def _named(self, positions: np.ndarray) -> str:
+        """The rows at these positions, each with the ids of the documents in it."""
+        draw = self.loader.locate(positions)
+        words = []
+        for number, (source, row) in enumerate(zip(draw.source.tolist(), draw.row.tolist(), strict=True)):
+            found = document_ids(self.loader.corpora[source].directory, row) if number < _NAMED_ROWS else []
+            more = f", and {len(found) - _NAMED_DOCUMENTS} more" if len(found) > _NAMED_DOCUMENTS else ""
+            ids = f" (documents {', '.join(found[:_NAMED_DOCUMENTS])}{more})" if found else ""
+            words.append(f"{self.loader.names[source]}[{row}]{ids}")
+        return ", ".join(words)
 
     def _save(self) -> None:
-        states = {f"{self.workers.rank}/cpu": torch.get_rng_state()}
+        random = {"cpu": torch.get_rng_state()}
         if self.workers.device.type == "cuda":
-            states[f"{self.workers.rank}/cuda"] = torch.cuda.get_rng_state(self.workers.device)
-        random = {key: value for part in self.workers.gather(states) for key, value in part.items()}
-
-        def write() -> None:
-            with checkpoint.saving(self.root, self.step) as directory:
-                weights = {name: p.detach().cpu().contiguous() for name, p in self.parameters.items()}
-                checkpoint.save_file(weights, directory / "model.safetensors")
-                names = {id(p): name for name, p in self.parameters.items()}
-                checkpoint.save_optimizer(self.optimizer, names, directory / "optimizer.safetensors")
-                checkpoint.save_random_states(random, directory / "random.safetensors")
-                state = {
-                    "batch_sequences": self.job.batch_sequences,
-                    "loader": self.loader.state(self.step * self.job.batch_sequences, self.tokens),
-                    "curve": self.curve,
-                }
-                checkpoint.write_state(directory, state)
-
-        self.workers.on_first(write)
+            random["cuda"] = torch.cuda.get_rng_state(self.workers.device)
+        state = {
+            "batch_sequences": self.job.batch_sequences,
+            "loader": self.loader.state(self.step * self.job.batch_sequences, self.tokens),
+            "layout": str(self.place),
+            "curve": list(self.curve),
+        }
+        self.writer.start(self.step, checkpoint.slots(self.parameters, self.optimizer), random, state)
 
     def result(self) -> dict[str, Any]:
+        """Called when all steps are done."""
         job = self.job
-        parameters, trainable = models.parameter_counts(self.model)
-        positions = np.arange(job.steps * job.batch_sequences)
+        parameters, trainable = models.parameter_counts(self.objective.network)
+        positions = np.arange(self.steps * job.batch_sequences)
         draw = self.loader.locate(positions)
         return {
             "curve": samples.thinned(self.curve),
             "parameters": parameters,
             "trainable_parameters": trainable,
-            "steps": job.steps,
+            "steps": self.steps,
             "tokens": self.tokens,
             "samples": len(positions),
             "mixture": samples.shares(self.loader.names, draw.source, self.loader.valid_tokens(positions)),
@@ -238,9 +323,69 @@ class _Training:
                 "step_seconds": self.seconds,
                 "tokens_per_second": self.timed_tokens / self.seconds if self.seconds else 0.0,
                 "workers": self.workers.world,
+                "layout": str(self.place),
                 "device": self.workers.device.type,
             },
         }
+
+
+class _Sums:
+    """What a step adds up over micro batches and workers: the loss, its parts, and the tokens of each expert."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._loss = torch.zeros((), dtype=torch.float64, device=device)
+        self._parts: dict[str, torch.Tensor] = {}
+        self.loss = self.flag = 0.0
+        self.parts: dict[str, float] = {}
+        self.load: dict[str, float] = {}
+
+    def add(self, loss: torch.Tensor, parts: Mapping[str, torch.Tensor]) -> None:
+        self._loss += loss.detach().double()
+        for name, part in parts.items():
+            value = part.detach().double()
+            self._parts[name] = self._parts[name] + value if name in self._parts else value
+
+    def over(self, workers: Workers, copies: int, flag: float) -> _Sums:
+        """All workers' sums, where `copies` of them have the same; `flag` is summed over every one. Returns itself, filled."""
+        names = sorted(self._parts)
+        pieces = [self._loss.view(1), *(self._parts[name].reshape(-1) for name in names)]
+        message = torch.cat([torch.tensor([flag], dtype=torch.float64, device=self._device), *pieces])
+        values = workers.sum(message).cpu()
+        self.flag = float(values[0])
+        sums = values[1:] / copies
+        self.loss = float(sums[0])
+        at = 1
+        for name in names:
+            part = sums[at : at + self._parts[name].numel()].view(self._parts[name].shape)
+            at += part.numel()
+            if name == "expert_tokens":
+                # Share of an expert over the share it would have in balance: 1 everywhere is best.
+                relative = part / part.sum(dim=-1, keepdim=True).clamp(min=1) * part.shape[-1]
+                self.load = {
+                    "expert_load_max": round(float(relative.max()), 4),
+                    "expert_load_min": round(float(relative.min()), 4),
+                }
+            else:
+                self.parts[name] = float(part)
+        return self
+
+
+def document_ids(directory: str, row: int) -> list[str]:
+    """The ids of the documents in one row of a pack stage, in order; none where its Parquet files are gone."""
+    for part in shards.parts([directory]):
+        with storage.open_input(part.path) as stream:
+            file = pq.ParquetFile(stream)
+            column = file.schema_arrow.get_field_index("sequence")
+            for group in range(file.num_row_groups):
+                statistics = file.metadata.row_group(group).column(column).statistics
+                if statistics is not None and statistics.has_min_max and not statistics.min <= row <= statistics.max:
+                    continue
+                table = file.read_row_group(group, columns=["sequence", "documents"])
+                where = np.flatnonzero(table["sequence"].to_numpy() == row)
+                if where.size:
+                    return list(dict.fromkeys(table["documents"][int(where[0])].as_py()))
+    return []
 
 
 def packed_logits(network: torch.nn.Module, input_ids: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:

@@ -108,15 +108,67 @@ class OptimizerSettings(Settings):
     track: TrackSettings = Field(default=TrackSettings(), description="Curves to TensorBoard files and MLflow.")
 
 
-class PretrainSettings(OptimizerSettings):
-    """How to pretrain."""
+class ParallelSettings(Settings):
+    """How a model lies over the workers. Losses do not depend on it beyond rounding."""
 
-    steps: int = Field(ge=1, description="Optimizer steps.")
+    sharding: Literal["none", "ddp", "fsdp2"] = Field(
+        default="ddp",
+        description="Of workers that take other samples: the whole model on each (`ddp`), or weights, gradients and optimizer cut "
+        "among them (`fsdp2`); `none` insists on one such worker.",
+    )
+    tensor: int = Field(
+        default=1,
+        ge=1,
+        description="Workers that take the same samples and share each product. Must divide the workers, the model's heads, "
+        "kv_heads and intermediate; with several groups of them these are under `sharding: fsdp2`.",
+    )
+
+
+class PretrainSettings(OptimizerSettings):
+    """How to pretrain. Exactly one of `steps` and `tokens` is given."""
+
+    steps: int | None = Field(default=None, ge=1, description="Optimizer steps.")
+    tokens: int | None = Field(
+        default=None,
+        ge=1,
+        description="Instead of `steps`: positions to see, padding included; steps are this over `batch_sequences` times the packed "
+        "length, rounded up.",
+    )
     batch_sequences: int = Field(default=8, ge=1, description="Sequences of one step over all workers, who must divide it.")
     micro_batch_sequences: int | None = Field(default=None, ge=1, description="Sequences of one forward pass on one worker.")
     learning_rate: float = Field(default=1e-3, gt=0, description="Peak learning rate of AdamW.")
     weight_decay: float = Field(default=0.1, ge=0, description="Of matrices; vectors (norms) have none.")
     betas: tuple[float, float] = Field(default=(0.9, 0.95), description="AdamW's decay of moments.")
+    z_loss: float = Field(
+        default=0.0,
+        ge=0,
+        description="Factor of the squared log of the softmax's normaliser, which keeps logits from drifting (PaLM, Chowdhery et al. "
+        "2022, section 5: 1e-4).",
+    )
+    parallel: ParallelSettings = Field(default=ParallelSettings(), description="How the model lies over the workers.")
+    activation_checkpointing: Literal["none", "selective", "full"] = Field(
+        default="none",
+        description="Less memory for more time: `full` keeps just each block's input for the backward pass, `selective` also "
+        "attention and every other product.",
+    )
+    compile: bool = Field(default=False, description="Compile the blocks with torch.compile (on CPU this needs g++).")
+    loss_chunk_tokens: int | None = Field(
+        default=None, ge=1, description="Tokens whose logits exist at a time. Default: as many as fit a buffer of a fixed size."
+    )
+    keep_checkpoints: int = Field(default=2, ge=1, description="Newest checkpoints that are kept.")
+
+    @model_validator(mode="after")
+    def _one_budget(self) -> PretrainSettings:
+        if (self.steps is None) == (self.tokens is None):
+            raise ValueError("give exactly one of `steps` and `tokens`")
+        return self
+
+    def planned_steps(self, length: int) -> int:
+        """Optimizer steps for packed rows of `length` tokens."""
+        if self.steps is not None:
+            return self.steps
+        assert self.tokens is not None
+        return -(-self.tokens // (self.batch_sequences * length))
 
 
 class PretrainJob(PretrainSettings):
@@ -125,3 +177,4 @@ class PretrainJob(PretrainSettings):
     inputs: list[RowsInput] = Field(min_length=1, description="Packed corpora with their shares of tokens.")
     model: ModelShape | str = Field(description="A shape to start from scratch, or the directory of a model to go on from.")
     seed: int = Field(default=0, description="Of the initial weights and the order of samples.")
+    most_steps: int | None = Field(default=None, ge=1, description="A trial run's limit: no more steps than this.")

@@ -138,7 +138,7 @@ def test_a_half_written_checkpoint_is_passed_over(packed: str, tmp_path: Path) -
     with pytest.raises(JobCancelled):
         pretrain.run(job(packed), str(tmp_path / "run"), Workers(report=lambda done, *_: done == 12))
     newest = tmp_path / "run" / "checkpoints" / "step-00000012"
-    weights = newest / "model.safetensors"
+    weights = newest / "worker-00000.safetensors"
     weights.write_bytes(weights.read_bytes()[:100])
     found = checkpoint.latest(str(tmp_path / "run" / "checkpoints"))
     assert found is not None
