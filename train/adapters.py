@@ -139,7 +139,7 @@ def merge(adapted: PeftModel, dtype: torch.dtype | None = None) -> PreTrainedMod
         for parameter in merged.parameters():
             parameter.data = parameter.data.to(dtype)
     merged.config.dtype = next(merged.parameters()).dtype
-    return merged
+    return merged.requires_grad_(True)  # PEFT froze the base
 
 
 def _untie(whole: Any) -> None:

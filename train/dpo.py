@@ -150,11 +150,15 @@ def run(job: DpoJob, directory: str, workers: Workers) -> dict[str, Any]:
             "leave micro_batch_examples out and train on one worker, or use another loss"
         )
 
+    def load() -> Any:
+        model = lora.load_base(job.model, job.lora, workers.device)
+        model.config.use_cache = False
+        return model
+
     def prepare() -> tuple[Any, ...]:
         lora.check(job)
-        model, tokenizer = lora.load_base(job.model, job.lora, workers.device), models.load_tokenizer(job.model)
-        models.as_chat(tokenizer, model)
-        model.config.use_cache = False
+        model, tokenizer = load(), models.load_tokenizer(job.model)
+        models.as_chat(tokenizer, model, job.chat_template)
         examples = encode(job, tokenizer)
         return model, tokenizer, examples, examples.mixture(job), finetune.settled(job, examples)
 
@@ -163,7 +167,12 @@ def run(job: DpoJob, directory: str, workers: Workers) -> dict[str, Any]:
     if not job.reference_free:
         cache = job.reference_cache or storage.join(directory, "reference")
         order = finetune.planned_order(examples, mixture, job)
-        examples = reference.attach(job, model, tokenizer, examples, order, cache, workers)
+        if reference.is_cut(job, workers):
+            model = None
+        examples = reference.attach(job, model, load, tokenizer, examples, order, cache, workers)
+        if model is None:
+            model = workers.together(load)
+            model.generation_config = generation
     follow = Follow(workers, job, root, _CURVES, examples)
     trainer = _Trainer(
         job,

@@ -119,12 +119,16 @@ def load(path: str) -> PreTrainedModel:
     """
     found = adapters.find(path)
     if found is not None and not found.inside:
-        return adapters.merge(adapters.attach(load(found.base), found.adapter))
-    directory = model_directory(path)
-    model = AutoModelForCausalLM.from_pretrained(
-        directory, local_files_only=True, trust_remote_code=False, dtype=torch.float32, attn_implementation="sdpa"
-    )
-    return model if found is None else adapters.merge(adapters.attach(model, found.adapter))
+        model = load(found.base)
+    else:
+        model = AutoModelForCausalLM.from_pretrained(
+            model_directory(path), local_files_only=True, trust_remote_code=False, dtype=torch.float32, attn_implementation="sdpa"
+        )
+    if found is not None:
+        model = adapters.merge(adapters.attach(model, found.adapter))
+    # An adapter trained on this model names it as its base: with what was merged into it, and as it was asked for.
+    model.name_or_path = model.config._name_or_path = path
+    return model
 
 
 def model_directory(path: str) -> Path:

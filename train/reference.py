@@ -19,7 +19,7 @@ import dataclasses
 import hashlib
 import io
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -48,7 +48,8 @@ _PASS_TOKENS = {"cpu": 4_096, "cuda": 32_768}
 
 def attach(
     job: DpoJob,
-    model: Any,
+    model: Any | None,
+    load: Callable[[], Any],
     tokenizer: PreTrainedTokenizerBase,
     examples: Examples,
     order: np.ndarray,
@@ -57,9 +58,10 @@ def attach(
 ) -> Examples:
     """The examples with the reference's log-probabilities of every pair that `order` takes, as TRL's DPO reads them.
 
-    `model` is the reference: the one that is to be trained, before any step and without a fresh adapter. It is used as it
-    lies, cut among the workers meanwhile where the job asks for that. `directory` is the cache. Raises JobCancelled when
-    the user stopped (finished units stay), ValueError for log-probabilities that are not finite.
+    `model` is the reference: the one that is to be trained, before any step and without a fresh adapter. None where the job
+    cuts it among the workers: then, if there is something to do, `load` gives one that is cut here and given up again.
+    `directory` is the cache. Raises JobCancelled when the user stopped (finished units stay), ValueError for
+    log-probabilities that are not finite.
     """
     folder = storage.join(directory, workers.share(workers.on_first(lambda: _describe(job, tokenizer, directory))))
     _, first = np.unique(order, return_index=True)
@@ -69,6 +71,8 @@ def attach(
     there = workers.share(workers.on_first(lambda: _present(folder)))
     missing = [index for index, name in enumerate(names) if name not in there]
     if missing:
+        if model is None:
+            model = workers.together(load)
         _compute(job, model, tokenizer, examples, [(units[index], names[index]) for index in missing], folder, workers)
     values = np.full((examples.table.num_rows, _VALUES), np.nan, np.float32)
 
@@ -91,6 +95,11 @@ def attach(
     for name, column in zip(("ref_chosen_logps", "ref_rejected_logps"), columns.T, strict=True):
         table = table.append_column(name, pa.array(np.ascontiguousarray(column)))
     return dataclasses.replace(examples, table=table)
+
+
+def is_cut(job: DpoJob, workers: Workers) -> bool:
+    """True when no worker holds the whole model."""
+    return job.sharding == "fsdp2" and workers.world > 1
 
 
 def _describe(job: DpoJob, tokenizer: PreTrainedTokenizerBase, directory: str) -> str:
@@ -150,7 +159,7 @@ def _compute(
     """Do the missing units, one a worker and round. All workers call it with the same arguments."""
     collator = DataCollatorForPreference(pad_token_id=tokenizer.pad_token_id, max_length=job.max_length)
     budget = _PASS_TOKENS["cuda" if workers.device.type == "cuda" else "cpu"]
-    cut = job.sharding == "fsdp2" and workers.world > 1
+    cut = is_cut(job, workers)
     total = sum(len(unit) for unit, _ in missing)
     done = 0
     with _scoring(model, job, workers, cut):
@@ -173,7 +182,7 @@ def _compute(
 
 @contextmanager
 def _scoring(model: Any, job: DpoJob, workers: Workers, cut: bool) -> Iterator[None]:
-    """The model ready to be asked for log-probabilities, then as it was before."""
+    """The model ready to be asked for log-probabilities, then as it was before (but where it is cut: it is given up)."""
     training = model.training
     model.eval()
     # Log-probabilities by the kernel that the loss uses: no logits of the whole vocabulary are kept.
@@ -186,8 +195,6 @@ def _scoring(model: Any, job: DpoJob, workers: Workers, cut: bool) -> Iterator[N
         with torch.no_grad(), torch.autocast(workers.device.type, torch.bfloat16, enabled=job.precision == "bf16"):
             yield
     finally:
-        if cut:
-            sharding.gather(model, keep=True)
         del model.forward  # the trainer puts a kernel of its own there
         model.train(training)
 
