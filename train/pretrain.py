@@ -26,7 +26,7 @@ from transformers.modeling_utils import PreTrainedModel
 from cluster import storage
 from operators import shards
 from operators.config import parse
-from train import adapters, checkpoint, layout, models, samples
+from train import adapters, checkpoint, ewc, layout, models, samples
 from train.errors import JobCancelled, NonFiniteLoss
 from train.layout import Layout, Penalty
 from train.loader import PackedTokens, TokenLoader, micro_batches, rank_positions, tokenizer_file
@@ -142,8 +142,14 @@ class _Training:
         self.job, self.root, self.place, self.workers, self.loader = job, root, place, place.workers, loader
         self.objective = objective
         self.steps = min(job.planned_steps(loader.length), job.most_steps or sys.maxsize)
-        self.penalties: dict[str, Penalty] = {}
         self.parameters = dict(objective.network.named_parameters())
+        self.penalties: dict[str, Penalty] = {}
+        if job.ewc:
+            self.penalties["ewc_penalty"] = ewc.Ewc(job.ewc, str(job.model), objective.network, self.workers)
+        # Weights of inputs multiply a token's loss; the sum is still divided by the number of tokens, so that the weight of
+        # one input leaves what the others count as it is.
+        weights = np.array([item.loss_weight for item in job.inputs], np.float32)
+        self.loss_weights = None if (weights == 1).all() else weights
         self.optimizer = torch.optim.AdamW(
             layout.parameter_groups(self.parameters, job.weight_decay), lr=job.learning_rate, betas=job.betas, fused=True
         )
@@ -216,7 +222,13 @@ class _Training:
         positions = rank_positions(step, self.job.batch_sequences, self.place.data_rank, self.place.data)
         batch = self.loader.batch(positions)
         pieces = micro_batches(len(batch.input_ids), self.job.micro_batch_sequences)
-        return [prepare(batch, piece, self.workers.device, self.dtype) for piece in pieces]
+        prepared: list[dict[str, Any]] = [prepare(batch, piece, self.workers.device, self.dtype) for piece in pieces]
+        if self.loss_weights is not None:
+            rows = self.loss_weights[self.loader.locate(positions).source]
+            for piece, arguments in zip(pieces, prepared, strict=True):
+                weights = torch.from_numpy(rows[piece]).to(self.workers.device)
+                arguments["weights"] = weights[:, None].expand(-1, batch.labels.shape[1])
+        return prepared
 
     def _taken(self) -> list[dict[str, Any]]:
         """The batch of this step; the next one is made ready in a thread meanwhile."""

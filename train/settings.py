@@ -156,6 +156,7 @@ class PretrainSettings(OptimizerSettings):
         default=None, ge=1, description="Tokens whose logits exist at a time. Default: as many as fit a buffer of a fixed size."
     )
     keep_checkpoints: int = Field(default=2, ge=1, description="Newest checkpoints that are kept.")
+    ewc: list[EwcTerm] = Field(default=[], description="Penalties on moving away from models, by their Fisher information.")
 
     @model_validator(mode="after")
     def _one_budget(self) -> PretrainSettings:
