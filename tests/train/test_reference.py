@@ -193,7 +193,7 @@ def test_after_an_adapter_that_is_not_merged_the_reference_is_base_and_adapter(
         if lora is not None:
             stacked = models.load(str(tmp_path / "run" / "adapter")).eval()(ids).logits
             torch.testing.assert_close(stacked, after, atol=1e-5, rtol=1e-5)
-    assert (after - before).abs().mean() < 0.2 * (models.load(small_model)(ids).logits - before).abs().mean()
+    assert (after - before).abs().mean() < 0.5 * (models.load(small_model)(ids).logits - before).abs().mean()
 
 
 def test_real_pairs_chinese_and_english_start_at_the_reference(small_model: str, data_pack: Path, tmp_path: Path) -> None:
