@@ -138,7 +138,8 @@ _TWIN = """\
 {%- set parts = whole[start:].split(STOP) -%}
 {%- set end = start + parts[0] | length + (STOP | length if parts | length > 1 else 0) -%}
 {{- whole[mark.at:start] -}}
-{%- generation -%}{{- whole[start:end] -}}{%- if APPEND and end == whole | length and not add_generation_prompt -%}{{- STOP -}}{%- endif -%}{%- endgeneration -%}
+{%- generation -%}{{- whole[start:end] -}}
+{%- if APPEND and end == whole | length and not add_generation_prompt -%}{{- STOP -}}{%- endif -%}{%- endgeneration -%}
 {%- set mark.at = end -%}
 {%- endif -%}
 {%- endfor -%}
