@@ -23,9 +23,11 @@ from train import attention
 from train.attention import Documents, Form
 from train.loader import IGNORE, Batch
 
-_CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 1 << 30}
-"""float32 logits of one chunk. On CPU: large enough that adding up the head's gradient costs little, small enough to be
-reused memory; on a GPU: large products, yet little beside the activations."""
+_CHUNK_BYTES = {"cpu": 128 << 20, "cuda": 512 << 20}
+"""Logits of one chunk. The larger a chunk, the less it costs to add up the head's gradient, which is done once a chunk."""
+
+_SOFTMAX_ROWS = {"cpu": 16}
+"""Tokens whose softmax is computed at a time. On CPU as many as stay in the cache between its passes; a GPU takes a chunk."""
 
 
 _SCALES = ("final_logit_softcapping", "logit_scale", "logits_scaling")
@@ -155,7 +157,7 @@ class PackedLoss(nn.Module):
             weight = weight.to_local()
         dtype = self.compute_dtype(hidden.device)
         budget = _CHUNK_BYTES.get(hidden.device.type, 1 << 28)
-        chunk = self.chunk_tokens or max(64, budget // (4 * weight.shape[0]) // 64 * 64)
+        chunk = self.chunk_tokens or max(64, budget // (dtype.itemsize * weight.shape[0]) // 64 * 64)
         return head_loss(hidden, weight, targets, weights, self.z_loss, chunk, dtype, group, first)
 
 
@@ -224,37 +226,41 @@ class _HeadLoss(torch.autograd.Function):
         grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=device) if wants_weight else None
         cross_entropy = torch.zeros((), dtype=torch.float64, device=device)
         squares = torch.zeros((), dtype=torch.float64, device=device)
-        rows = min(chunk, tokens)
         # one set of buffers for all chunks: fresh memory of this size costs as much as computing on it
-        products = torch.empty(rows, vocab, dtype=dtype, device=device)
-        buffer = torch.empty(rows, vocab, dtype=torch.float32, device=device)
+        products = torch.empty(min(chunk, tokens), vocab, dtype=dtype, device=device)
+        height = chunk if group is not None else min(chunk, _SOFTMAX_ROWS.get(device.type, chunk))
+        buffers = [torch.empty(min(height, tokens), vocab, dtype=torch.float32, device=device) for _ in range(2)]
         with torch.autocast(device.type, enabled=False):
-            for start in range(0, tokens, max(1, chunk)):
+            for start in range(0, tokens, chunk):
                 part = slice(start, min(start + chunk, tokens))
-                count = part.stop - part.start
-                logits = torch.mm(states[part], matrix.t(), out=products[:count])
-                target = targets[part, None] - first
-                probability, picked, normaliser = _softmax(logits, target, buffer[:count], group)
-                scale = None if weights is None else weights[part]
-                each = (normaliser - picked).double()
-                square = normaliser.double().square()
-                cross_entropy += (each if scale is None else each * scale).sum()
-                squares += (square if scale is None else square * scale).sum()
-                if grad_hidden is None and grad_weight is None:
-                    continue
-                ones = torch.ones(count, device=device) if scale is None else scale
-                if z_loss or scale is not None:
-                    probability *= (ones * (1 + 2 * z_loss * normaliser))[:, None]
-                here = (target >= 0) & (target < vocab)
-                probability.scatter_add_(1, target.clamp(0, vocab - 1), torch.where(here, -ones[:, None], 0.0))
-                slope = probability if dtype == torch.float32 else logits.copy_(probability)
-                if grad_hidden is not None:
-                    torch.mm(slope, matrix, out=grad_hidden[part])
-                if grad_weight is not None:
-                    if dtype == torch.float32:
-                        grad_weight.addmm_(slope.t(), states[part])
+                logits = torch.mm(states[part], matrix.t(), out=products[: part.stop - part.start])
+                for top in range(0, len(logits), height):
+                    block = logits[top : top + height]
+                    here = slice(start + top, start + top + len(block))
+                    scale = None if weights is None else weights[here]
+                    target = targets[here, None] - first
+                    probability, picked, normaliser = _softmax(block, target, buffers, group)
+                    each, square = (normaliser - picked).double(), normaliser.double().square()
+                    cross_entropy += (each if scale is None else each * scale).sum()
+                    squares += (square if scale is None else square * scale).sum()
+                    if not (wants_hidden or wants_weight):
+                        continue
+                    if z_loss:
+                        probability *= (1 + 2 * z_loss * normaliser)[:, None]
+                    if group is None:
+                        probability.scatter_add_(1, target, probability.new_full((), -1.0).expand_as(target))
                     else:
-                        grad_weight += slope.t() @ states[part]
+                        mine = (target >= 0) & (target < vocab)
+                        probability.scatter_add_(1, target.clamp(0, vocab - 1), torch.where(mine, -1.0, 0.0))
+                    if scale is not None:
+                        probability *= scale[:, None]
+                    block.copy_(probability)
+                if grad_hidden is not None:
+                    torch.mm(logits, matrix, out=grad_hidden[part])
+                if grad_weight is not None and dtype == torch.float32:
+                    grad_weight.addmm_(logits.t(), states[part])
+                elif grad_weight is not None:
+                    grad_weight += logits.t() @ states[part]
         if grad_hidden is not None and group is not None:
             dist.all_reduce(grad_hidden, group=group)
         ctx.gradients = (
@@ -274,28 +280,30 @@ class _HeadLoss(torch.autograd.Function):
 
 
 def _softmax(
-    logits: torch.Tensor, target: torch.Tensor, buffer: torch.Tensor, group: dist.ProcessGroup | None
+    logits: torch.Tensor, target: torch.Tensor, buffers: list[torch.Tensor], group: dist.ProcessGroup | None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(softmax [tokens, vocab], the target's logit [tokens], the log of the normaliser [tokens]), all float32.
 
-    The softmax lies in `buffer`. With a group each worker has its part of the vocabulary.
+    The softmax lies in the second buffer. With a group each worker has its part of the vocabulary.
     """
-    vocab = logits.shape[1]
+    count, vocab = logits.shape
+    source, found = (buffer[:count] for buffer in buffers)
     if group is None:
-        picked = logits.gather(1, target)[:, 0].float()
+        source = logits if logits.dtype == torch.float32 else source.copy_(logits)
         # torch's kernel goes over a row twice while it is in the cache
-        torch.ops.aten._log_softmax.out(logits.float(), 1, False, out=buffer)
-        normaliser = picked - buffer.gather(1, target)[:, 0]
-        return buffer.exp_(), picked, normaliser
-    buffer.copy_(logits)
-    largest = buffer.amax(1)
+        torch.ops.aten._log_softmax.out(source, 1, False, out=found)
+        picked = source.gather(1, target)[:, 0]
+        normaliser = picked - found.gather(1, target)[:, 0]
+        return found.exp_(), picked, normaliser
+    found.copy_(logits)
+    largest = found.amax(1)
     dist.all_reduce(largest, dist.ReduceOp.MAX, group=group)
-    here = (target >= 0) & (target < vocab)
-    picked = torch.where(here, buffer.gather(1, target.clamp(0, vocab - 1)), 0.0)[:, 0]
-    buffer.sub_(largest[:, None]).exp_()
-    sums = torch.stack([buffer.sum(1), picked])
+    mine = (target >= 0) & (target < vocab)
+    picked = torch.where(mine, found.gather(1, target.clamp(0, vocab - 1)), 0.0)[:, 0]
+    found.sub_(largest[:, None]).exp_()
+    sums = torch.stack([found.sum(1), picked])
     dist.all_reduce(sums, group=group)
-    return buffer.div_(sums[0][:, None]), sums[1], sums[0].log() + largest
+    return found.div_(sums[0][:, None]), sums[1], sums[0].log() + largest
 
 
 def balancing_loss(
