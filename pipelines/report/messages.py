@@ -152,6 +152,8 @@ MESSAGES: dict[str, tuple[str, str]] = {
     "kind.pretrain": ("pretrain", "预训练"),
     "kind.sft": ("SFT", "监督微调"),
     "kind.dpo": ("DPO", "偏好优化"),
+    "kind.reward": ("reward model", "奖励模型"),
+    "kind.grpo": ("GRPO", "强化学习"),
     "kind.fisher": ("Fisher", "费舍尔信息"),
     "kind.merge": ("merge", "合并适配器"),
     "kind.reviewed": ("reviewed", "人工评审"),

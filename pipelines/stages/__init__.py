@@ -30,6 +30,8 @@ STAGES: dict[str, str] = {
     "pretrain": "pipelines.stages.training:PretrainStage",
     "sft": "pipelines.stages.training:SftStage",
     "dpo": "pipelines.stages.alignment:DpoStage",
+    "reward": "pipelines.stages.reinforcement:RewardModelStage",
+    "grpo": "pipelines.stages.reinforcement:GrpoStage",
     "fisher": "pipelines.stages.fisher:FisherStage",
     "merge": "pipelines.stages.alignment:MergeStage",
     "reviewed": "pipelines.stages.reviewed:ReviewedStage",
