@@ -2,7 +2,8 @@
 
     python -m tests.train.group PLAN.json
 
-PLAN.json is a list of {"job": settings, "directory": path, "reads": path, "stop": step or absent}. Each worker appends a line
+PLAN.json is a list of {"job": settings, "directory": path, "reads": path, "stop": step or absent,
+"hang_write": step or absent}. Each worker appends a line
 {"rank", "step", "rows": [[input, row], ...]} to `reads`.RANK for every batch that it takes for training.
 """
 
@@ -13,6 +14,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -73,6 +75,20 @@ def reads(directory: Path, world: int) -> list[dict[str, Any]]:
     return sorted(found, key=lambda batch: (batch["step"], batch["rank"]))
 
 
+def _hang(step: int) -> None:
+    """This worker's write of one checkpoint does not end."""
+    from train import checkpoint
+
+    original = checkpoint._write
+
+    def write(directory: str, *rest: Any) -> Any:
+        if directory.endswith(f"{step:08d}"):
+            time.sleep(3600)
+        return original(directory, *rest)
+
+    checkpoint._write = write
+
+
 def main() -> None:
     import torch
 
@@ -89,6 +105,8 @@ def main() -> None:
             return done == stop
 
         workers = Workers.here(report)
+        if item.get("hang_write") is not None and workers.rank:
+            _hang(item["hang_write"])
         original = pretrain._Training._step
 
         def step(training: Any, rate: float, item: Any = item, workers: Workers = workers, original: Any = original) -> Any:
