@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.attention.varlen  # registers an operator named below
 import torch.nn.functional as F
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -32,6 +33,7 @@ from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint
 from transformers import AutoModelForCausalLM
 from transformers.modeling_utils import PreTrainedModel
 
+from train import attention as attention  # registers an operator named below
 from train.parallel import Workers
 from train.settings import PretrainSettings
 
@@ -43,6 +45,8 @@ _KEPT = {
     torch.ops.aten._scaled_dot_product_flash_attention.default,
     torch.ops.aten._scaled_dot_product_efficient_attention.default,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+    torch.ops.torch_attn._varlen_attn.default,
+    torch.ops.danlu.attend_slices.default,
     torch.ops._c10d_functional.all_reduce.default,
 }
 
@@ -371,7 +375,10 @@ def wrapped(objective: nn.Module, layout: Layout) -> nn.Module:
         return objective
     device = layout.workers.device
     return DistributedDataParallel(
-        objective, device_ids=[device.index] if device.type == "cuda" else None, gradient_as_bucket_view=True
+        objective,
+        device_ids=[device.index] if device.type == "cuda" else None,
+        gradient_as_bucket_view=True,
+        broadcast_buffers=False,  # they depend on the configuration alone
     )
 
 

@@ -16,8 +16,8 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from operators import shards
-from tests.train.conftest import SHAPE
+from operators import shards, tables
+from tests.train.conftest import SHAPE, write_rows
 from train import checkpoint, models, pretrain
 from train.errors import JobCancelled, NonFiniteLoss
 from train.parallel import Workers
@@ -152,6 +152,19 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_batch(packed: str
     models.export(model, tokenizer, str(tmp_path / "broken"))
     with pytest.raises(NonFiniteLoss, match=r"step 0: the loss is nan .*batch of sequences tokens\[\d+\], tokens\["):
         pretrain.run(job(packed, model=str(tmp_path / "broken")), str(tmp_path / "run"), Workers())
+
+
+def test_the_documents_of_a_packed_row_are_found_in_its_parquet_part(tmp_path: Path) -> None:
+    def row(sequence: int) -> dict[str, Any]:
+        ids = [f"文档-{sequence}", f"文档-{sequence}", f"doc-{sequence}"]
+        return {
+            "sequence": sequence, "tokens": [1, 2, 3], "cu_seqlens": [0, 1, 2, 3], "documents": ids, "offsets": [0, 1, 0],
+            "sources": ["a"] * 3, "langs": ["zh", "zh", "en"], "loss_spans": [0, 3],
+        }  # fmt: skip
+
+    directory = write_rows(tmp_path / "tokens" / "f0", "pack", [row(number) for number in range(100)], tables.TOKENS)
+    assert pretrain.document_ids(directory, 73) == ["文档-73", "doc-73"]
+    assert pretrain.document_ids(directory, 100) == []
 
 
 def test_pretraining_goes_on_from_a_checkpoint_directory(packed: str, tmp_path: Path, small_model: str) -> None:
