@@ -6,6 +6,7 @@ from typing import Any
 
 from operators.stage import Stage
 from pipelines.recipe import Recipe
+from pipelines.stages.training import shares
 
 #: Above these learning rates continued training of a pretrained model has been seen to forget (full weights; LoRA).
 _FULL_LEARNING_RATE, _LORA_LEARNING_RATE = 5e-5, 1e-3
@@ -35,7 +36,7 @@ def _fine_tune(stage: Stage) -> list[str]:
     if stage.kind == "sft":
         if not isinstance(mixture, dict) or len(mixture) < 2:
             found.append("trains on one source: mix in a share of general data (rehearsal), or the model forgets what it knew")
-        elif min(mixture.values()) / sum(mixture.values()) < _LEAST_REHEARSAL:
+        elif min(weights := [share.weight for share in shares(mixture).values()]) / sum(weights) < _LEAST_REHEARSAL:
             found.append(f"the smallest share of the mixture is below {_LEAST_REHEARSAL:.0%}: too little to rehearse with")
     rate = getattr(stage, "learning_rate", None)
     lora: Any = getattr(stage, "lora", None)

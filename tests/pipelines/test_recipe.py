@@ -97,7 +97,7 @@ def test_an_input_pattern_that_matches_nothing_names_stage_and_pattern(tmp_path:
         plan(parse_recipe(text), "r", str(tmp_path), None)
 
 
-@pytest.mark.parametrize("name", ["quickstart", "corpus", "documents", "synthesis"])
+@pytest.mark.parametrize("name", ["quickstart", "corpus", "documents", "synthesis", "forgetting"])
 def test_the_example_recipes_are_sound(
     name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
