@@ -44,11 +44,13 @@ class Documents:
     """Where the documents of a batch of packed rows begin: computed once, used by every block.
 
     `bounds` [documents + 1], int32: the first flat position (row * length + column) of each document, then the number of
-    positions. `longest` is the length of the longest document.
+    positions. `longest` is the length of the longest document, `limit` the next power of two: what a kernel is told, so
+    that a compiled block meets few different values.
     """
 
     bounds: torch.Tensor
     longest: int
+    limit: int
     form: Form
     mask: torch.Tensor | BlockMask | None = None
 
@@ -86,7 +88,7 @@ class Documents:
                 mask = _block_mask(document)
         if device.type == "cuda":
             bounds = bounds.pin_memory().to(device, non_blocking=True)
-        return cls(bounds, longest, form, mask)
+        return cls(bounds, longest, 1 << (longest - 1).bit_length(), form, mask)
 
 
 def choose(device: torch.device, dtype: torch.dtype) -> Form:
@@ -147,17 +149,16 @@ def packed_attention(
         # custom operators are not cast by autocast; rotary embeddings leave queries and keys in float32
         dtype = torch.get_autocast_dtype(device)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
-    window = sliding_window if sliding_window is not None and sliding_window < documents.longest else None
-    if window is not None and documents.form != "varlen":
+    if documents.form != "varlen" and sliding_window is not None and sliding_window < documents.longest:
         raise ValueError(
-            f"a document of {documents.longest} tokens is longer than the model's attention window of {window}: pack documents "
-            "of at most that length, or train in bf16 on a GPU"
+            f"a document of {documents.longest} tokens is longer than the model's attention window of {sliding_window}: pack "
+            "documents of at most that length, or train in bf16 on a GPU"
         )
     scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
     if documents.form == "slices":
         return attend_slices(query, key, value, documents.bounds, scale)[0], None
     if documents.form == "varlen":
-        return _attend_varlen(query, key, value, documents, scale, window), None
+        return _attend_varlen(query, key, value, documents, scale, sliding_window), None
     if documents.form == "flex":
         return _attend_flex(query, key, value, documents.mask, scale), None
     groups = query.shape[1] // key.shape[1]
@@ -178,10 +179,8 @@ def _attend_varlen(
 
     rows, heads, length, width = query.shape
     q, k, v = (x.transpose(1, 2).reshape(rows * length, x.shape[1], width) for x in (query, key, value))
-    # Rounded up so that a compiled block meets few different values; the kernel reads lengths from the bounds.
-    longest = 1 << (documents.longest - 1).bit_length()
     found = varlen_attn(
-        q, k, v, documents.bounds, documents.bounds, longest, longest,
+        q, k, v, documents.bounds, documents.bounds, documents.limit, documents.limit,
         scale=scale, window_size=(-1 if window is None else window - 1, 0), enable_gqa=heads != key.shape[1],
     )  # fmt: skip
     assert isinstance(found, torch.Tensor)
