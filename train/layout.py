@@ -363,6 +363,20 @@ def _selective() -> tuple[Any, Any]:
     return contexts
 
 
+def check_compiler(device: torch.device) -> None:
+    """Raises ValueError when torch.compile has nothing to compile with on this machine."""
+    if device.type != "cpu":
+        return
+    from torch._inductor.cpp_builder import get_cpp_compiler
+
+    try:
+        get_cpp_compiler()
+    except RuntimeError as error:
+        raise ValueError(
+            f"compile: torch.compile needs a C++ compiler (g++) on CPU workers: {error}; install it or use false"
+        ) from None
+
+
 def compile_blocks(network: PreTrainedModel) -> None:
     """Compile each block in place: blocks are alike, so the first one's code serves all."""
     for block in blocks(network):

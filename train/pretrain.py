@@ -15,7 +15,7 @@ import sys
 import time
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -26,7 +26,7 @@ from transformers.modeling_utils import PreTrainedModel
 from cluster import storage
 from operators import shards
 from operators.config import parse
-from train import adapters, checkpoint, ewc, layout, models, samples
+from train import adapters, checkpoint, ewc, flops, layout, models, samples
 from train.errors import JobCancelled, NonFiniteLoss
 from train.layout import Layout, Penalty
 from train.loader import PackedTokens, TokenLoader, micro_batches, rank_positions, tokenizer_file
@@ -35,6 +35,7 @@ from train.parallel import Workers
 from train.settings import PretrainJob
 from train.tracking import Tracked
 
+_CURVE_POINTS = 5000
 _NAMED_ROWS, _NAMED_DOCUMENTS = 32, 3
 
 
@@ -52,10 +53,13 @@ def run(job: PretrainJob, directory: str, workers: Workers) -> dict[str, Any]:
         workers.on_first(lambda: storage.delete(root))
         return finished
     layout.choose(job, workers)
+    if job.compile:
+        layout.check_compiler(workers.device)
     loader, tokenizer = workers.together(lambda: _open(job))
     config = workers.together(lambda: _configuration(job, loader, tokenizer))
     place = layout.set_up(layout.choose(job, workers, config))
-    objective = _placed(job, loader, tokenizer, place)
+    resumes = bool(workers.share(workers.on_first(lambda: checkpoint.newest(root) is not None)))
+    objective = _placed(job, loader, tokenizer, place, resumes)
     training = _Training(job, root, place, loader, objective)
     try:
         training.resume()
@@ -103,12 +107,11 @@ def _model(job: PretrainJob, loader: TokenLoader, tokenizer: Any) -> PreTrainedM
         model = models.load(job.model)
     else:
         model = models.create(_configuration(job, loader, tokenizer), job.seed)
-    model.config.use_cache = False
     return model
 
 
-def _placed(job: PretrainJob, loader: TokenLoader, tokenizer: Any, place: Layout) -> PackedLoss:
-    """The model and its loss, lying over the workers as the layout says."""
+def _placed(job: PretrainJob, loader: TokenLoader, tokenizer: Any, place: Layout, resumes: bool) -> PackedLoss:
+    """The model and its loss, lying over the workers as the layout says; a cut model that `resumes` is given no weights."""
     workers = place.workers
 
     def objective(network: PreTrainedModel) -> PackedLoss:
@@ -125,7 +128,8 @@ def _placed(job: PretrainJob, loader: TokenLoader, tokenizer: Any, place: Layout
     config = workers.share(source.config if source is not None else None)
     cut = workers.together(lambda: objective(layout.skeleton(config)))
     layout.cut(cut, place, job.precision)
-    layout.fill(cut.network, source, place)
+    if not resumes:
+        layout.fill(cut.network, source, place)
     layout.fill_buffers(cut.network, source, place)
     if source is not None:
         cut.network.generation_config = source.generation_config
@@ -158,8 +162,11 @@ class _Training:
         self.dtype = torch.bfloat16 if job.precision == "bf16" else torch.float32
         self.step = self.tokens = 0
         self.curve: list[dict[str, Any]] = []
+        self.every = 1  # steps between points of the curve
         self.seconds = 0.0
         self.timed_tokens = 0
+        self.given = samples.Given(loader.names)
+        self.token_flops = flops.flops_per_token(objective.network, loader.length)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="batches")
         self._next: tuple[int, Future[list[dict[str, Any]]]] | None = None
         torch.manual_seed(job.seed * 1_000_003 + self.workers.rank)
@@ -192,7 +199,8 @@ class _Training:
         if "cuda" in random and self.workers.device.type == "cuda":
             torch.cuda.set_rng_state(random["cuda"], self.workers.device)
         reader.close()
-        self.step, self.tokens, self.curve = step, int(state["loader"]["tokens"]), state["curve"]
+        self.step, self.tokens = step, int(state["loader"]["tokens"])
+        self.curve, self.every = state["curve"], int(state["curve_every"])
 
     def train(self) -> None:
         """All remaining steps."""
@@ -203,14 +211,38 @@ class _Training:
             point = self._step(job.learning_rate * job.schedule.factor(self.step, self.steps))
             self.step += 1
             self.seconds += time.perf_counter() - started
-            self.curve.append(point)
-            stop = workers.stop_requested(self.step, self.steps, "steps", dict(point))
+            self._note(point)
+            stop = workers.stop_requested(self.step, self.steps, "steps", {**point, **self._beside(time.perf_counter() - started)})
             if self.step < self.steps and (stop or self.step % job.checkpoint_every == 0):
                 self._save()
             if stop:
                 self.writer.finish()
                 raise JobCancelled(f"stopped after step {self.step} of {self.steps}; the checkpoint is in {self.root}")
         self.writer.finish()
+
+    def _beside(self, seconds: float) -> dict[str, Any]:
+        """What is worth a curve and is no result: the mixture so far, speed, and the share of the devices' peak."""
+        if not self.workers.first:
+            return {}
+        positions = np.arange((self.step - 1) * self.job.batch_sequences, self.step * self.job.batch_sequences)
+        tokens = self.loader.valid_tokens(positions)
+        found = self.given.add(self.loader.locate(positions).source, tokens)
+        found["tokens_per_second"] = round(float(tokens.sum()) / seconds, 3)
+        if self.workers.device.type == "cuda":
+            name = torch.cuda.get_device_name(self.workers.device)
+            share = flops.mfu(found["tokens_per_second"], self.token_flops, name, self.workers.world)
+            if share is not None:
+                found["mfu"] = round(share, 4)
+        return found
+
+    def _note(self, point: dict[str, Any]) -> None:
+        """Add a point to the curve, which is bounded: in a long run every second point goes, and again."""
+        step = point["step"]
+        if step % self.every == 0 or step in (1, self.steps):
+            self.curve.append(point)
+        if len(self.curve) > _CURVE_POINTS:
+            self.every *= 2
+            self.curve = [kept for kept in self.curve if kept["step"] % self.every == 0 or kept["step"] in (1, self.steps)]
 
     def close(self) -> None:
         """End the threads."""
@@ -314,6 +346,7 @@ class _Training:
             "loader": self.loader.state(self.step * self.job.batch_sequences, self.tokens),
             "layout": str(self.place),
             "curve": list(self.curve),
+            "curve_every": self.every,
         }
         self.writer.start(self.step, checkpoint.slots(self.parameters, self.optimizer), random, state)
 
@@ -422,9 +455,19 @@ def main(arguments: list[str]) -> None:
     directory = storage.absolute(arguments[1], ".")
     tracked = workers.on_first(lambda: Tracked(report, job.track, directory, "pretrain"))
     workers.report = tracked or report
-    result = run(job, directory, workers)
-    if tracked is not None:
-        tracked.close("FINISHED")
+    status: Literal["FINISHED", "FAILED"] = "FAILED"
+    try:
+        result = run(job, directory, workers)
+        status = "FINISHED"
+    except BaseException:
+        if workers.first:
+            found = checkpoint.newest(storage.join(directory, "checkpoints"))
+            there = f"step {found[0]} is in {found[1]}" if found else "no step was saved yet"
+            print(f"{there}; the same command goes on from there, also with other workers", file=sys.stderr, flush=True)
+        raise
+    finally:
+        if tracked is not None:
+            tracked.close(status)
     if workers.first:
         print(json.dumps({key: value for key, value in result.items() if key != "curve"}))
     if torch.distributed.is_initialized():

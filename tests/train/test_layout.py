@@ -221,3 +221,28 @@ def test_parallel_settings_are_operational_but_the_budget_is_not() -> None:
     assert {"parallel", "compile", "activation_checkpointing", "keep_checkpoints"} <= PretrainStage.operational
     assert {"steps", "tokens", "z_loss", "precision"}.isdisjoint(PretrainStage.operational)
     assert ParallelSettings().tensor == 1
+
+
+def test_compile_without_a_compiler_is_refused_before_anything_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", ("no-such-compiler",))
+    with pytest.raises(ValueError, match=r"compile: torch.compile needs a C\+\+ compiler"):
+        pretrain.run(job("/nowhere", compile=True), "/nowhere/run", Workers())
+
+
+def test_the_curve_of_a_long_run_is_bounded_and_the_same_after_a_resume(
+    packed: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pretrain, "_CURVE_POINTS", 6)
+    settings = job(packed, steps=17, checkpoint_every=100)
+    whole = pretrain.run(settings, str(tmp_path / "whole"), Workers())["curve"]
+    assert [point["step"] for point in whole] == [1, 4, 8, 12, 16, 17]
+    with pytest.raises(pretrain.JobCancelled):
+        pretrain.run(settings, str(tmp_path / "cut"), Workers(report=lambda done, *_: done == 9))
+    assert pretrain.run(settings, str(tmp_path / "cut"), Workers())["curve"] == whole
+
+
+def test_the_exported_model_is_an_ordinary_one(packed: str, tmp_path: Path) -> None:
+    pretrain.run(job(packed, steps=2), str(tmp_path / "run"), Workers())
+    config = json.loads((tmp_path / "run" / "model" / "config.json").read_text())
+    assert config["use_cache"] is True
+    assert "attn_implementation" not in json.dumps(config)

@@ -138,7 +138,7 @@ def test_a_killed_worker_is_replaced_and_the_job_goes_on_from_its_checkpoint(
 ) -> None:
     config = {
         "inputs": [{"name": "tokens", "directory": packed}], "model": SHAPE, "steps": 60, "learning_rate": 5e-3,
-        "checkpoint_every": 5,
+        "checkpoint_every": 5, "parallel": {"sharding": "fsdp2"},
     }  # fmt: skip
     killed = threading.Event()
 
@@ -150,6 +150,7 @@ def test_a_killed_worker_is_replaced_and_the_job_goes_on_from_its_checkpoint(
 
     result = group.run({"kind": "pretrain", "config": config, "directory": str(tmp_path / "a")}, kill)
     assert killed.is_set()
-    reference = group.run({"kind": "pretrain", "config": config, "directory": str(tmp_path / "b")})
+    plain = {**config, "parallel": {"sharding": "ddp"}}
+    reference = group.run({"kind": "pretrain", "config": plain, "directory": str(tmp_path / "b")})
     losses = [[point["loss"] for point in one["curve"]] for one in (result, reference)]
     assert losses[0] == pytest.approx(losses[1], abs=1e-4)
