@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch._dynamo.utils import counters
 
 from tests.train import group
 from tests.train.conftest import SHAPE
@@ -98,7 +100,10 @@ def test_compiled_blocks_have_the_losses_of_plain_ones(
     activation_checkpointing: str, packed: str, golden: dict[str, Any], tmp_path: Path
 ) -> None:
     compiled = {"compile": True, "activation_checkpointing": activation_checkpointing}
+    torch._dynamo.reset()
+    counters["stats"].clear()
     alone = pretrain.run(job(packed, **compiled), str(tmp_path / "one"), Workers())
+    assert counters["stats"]["unique_graphs"] > 0
     assert losses(alone) == pytest.approx(losses(golden), abs=1e-4)
     plan = [job(packed, **compiled), job(packed, "fsdp2", **compiled), job(packed, tensor=2, **compiled)]
     for result in group.run([group.entry(one, tmp_path / f"{n}") for n, one in enumerate(plan)], tmp_path, 2):

@@ -15,7 +15,7 @@ from safetensors import safe_open
 from tests.train import group
 from tests.train.conftest import SHAPE
 from tests.train.test_golden_loss import job, losses
-from train import artifacts, checkpoint, layout, models, pretrain
+from train import artifacts, attention, checkpoint, layout, models, pretrain
 from train.parallel import Workers
 from train.settings import ModelShape, ParallelSettings, PretrainJob
 
@@ -246,3 +246,36 @@ def test_the_exported_model_is_an_ordinary_one(packed: str, tmp_path: Path) -> N
     config = json.loads((tmp_path / "run" / "model" / "config.json").read_text())
     assert config["use_cache"] is True
     assert "attn_implementation" not in json.dumps(config)
+
+
+def test_activation_checkpointing_computes_again_what_it_does_not_keep(
+    packed: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counts = {"mlp": 0, "attention": 0}
+    original = attention._FLASH
+
+    def counted(*arguments: Any, **named: Any) -> Any:
+        counts["attention"] += 1
+        return original(*arguments, **named)
+
+    def hook(*_: Any) -> None:
+        counts["mlp"] += 1
+
+    monkeypatch.setattr(attention, "_FLASH", counted)
+    made = pretrain._placed
+
+    def placed(*arguments: Any) -> Any:
+        objective = made(*arguments)
+        for block in layout.blocks(objective.network):
+            block.mlp.register_forward_pre_hook(hook)
+        return objective
+
+    monkeypatch.setattr(pretrain, "_placed", placed)
+    found: dict[str, dict[str, int]] = {}
+    for mode in ("none", "selective", "full"):
+        counts.update(mlp=0, attention=0)
+        pretrain.run(job(packed, steps=1, activation_checkpointing=mode), str(tmp_path / mode), Workers())
+        found[mode] = dict(counts)
+    assert found["none"]["mlp"] == SHAPE["layers"]
+    assert found["full"] == {name: 2 * count for name, count in found["none"].items()}
+    assert found["selective"] == {"mlp": 2 * found["none"]["mlp"], "attention": found["none"]["attention"]}
