@@ -45,7 +45,7 @@ def trace(run_directory: str, row_id: str) -> list[Event]:
         if manifest.kind == "pack":
             found, sequences[name] = _packed(name, directory, manifest, row_id)
             events += found
-        elif manifest.kind in ("pretrain", "sft", "dpo"):
+        elif manifest.kind in ("pretrain", "sft", "dpo", "kto"):
             events += _trained(name, directory, manifest, row_id, {s for i in entry["inputs"] for s in sequences.get(i, [])})
         else:
             events += _kept(name, directory, manifest, row_id)

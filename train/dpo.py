@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -239,23 +241,35 @@ def encode_pairs(
     SFT: what is compared is exactly what the model would write.
     """
     prompts = batch["prompt"].to_pylist()
-    if not prompts:
-        return [], [], []
-    opened: Any = tokenizer.apply_chat_template(prompts, tokenize=True, add_generation_prompt=True, return_dict=True)
-    openings = opened["input_ids"]
-    replies = []
-    for column in ("chosen", "rejected"):
+    openings, chosen = encode_replies(tokenizer, prompts, batch["chosen"].to_pylist())
+    return openings, chosen, encode_replies(tokenizer, prompts, batch["rejected"].to_pylist())[1]
+
+
+def encode_replies(
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[list[dict[str, str]]],
+    replies: Sequence[list[dict[str, str]]],
+    tools: Sequence[str | None] | None = None,
+) -> tuple[list[list[int]], list[list[int]]]:
+    """(prompt, reply) token ids; `tools` are the functions of each conversation as JSON."""
+    openings: list[list[int]] = [[] for _ in prompts]
+    cut: list[list[int]] = [[] for _ in prompts]
+    groups: dict[str | None, list[int]] = {}
+    for index in range(len(prompts)):
+        groups.setdefault((tools[index] if tools is not None else None) or None, []).append(index)
+    for schemas, indices in groups.items():
+        told: dict[str, Any] = {"tokenize": True, "return_dict": True, "tools": json.loads(schemas) if schemas else None}
+        opened: Any = tokenizer.apply_chat_template([prompts[i] for i in indices], add_generation_prompt=True, **told)
         whole: Any = tokenizer.apply_chat_template(
-            [prompt + reply for prompt, reply in zip(prompts, batch[column].to_pylist(), strict=True)],
-            tokenize=True,
-            return_dict=True,
-            return_assistant_tokens_mask=True,
+            [[*prompts[i], *replies[i]] for i in indices], return_assistant_tokens_mask=True, **told
         )
-        cut = []
-        for opening, ids, mask in zip(openings, whole["input_ids"], whole["assistant_masks"], strict=True):
+        for index, opening, ids, mask in zip(
+            indices, opened["input_ids"], whole["input_ids"], whole["assistant_masks"], strict=True
+        ):
             if ids[: len(opening)] != opening:
-                raise ValueError("the chat template renders a prompt otherwise once a reply follows it; it cannot be used for DPO")
-            last = max((index for index, marked in enumerate(mask) if marked), default=len(ids) - 1)
-            cut.append(ids[len(opening) : last + 1])
-        replies.append(cut)
-    return openings, replies[0], replies[1]
+                raise ValueError(
+                    "the chat template renders a prompt otherwise once a reply follows it; it cannot be used for alignment"
+                )
+            last = max((place for place, marked in enumerate(mask) if marked), default=len(ids) - 1)
+            openings[index], cut[index] = opening, ids[len(opening) : last + 1]
+    return openings, cut

@@ -10,6 +10,7 @@ KINDS: dict[str, tuple[str, str]] = {
     "pretrain": ("train.settings:PretrainJob", "train.pretrain:run"),
     "sft": ("train.settings_finetune:SftJob", "train.sft:run"),
     "dpo": ("train.settings_finetune:DpoJob", "train.dpo:run"),
+    "kto": ("train.settings_finetune:KtoJob", "train.kto:run"),
     "reward": ("train.settings_alignment:RewardModelJob", "train.reward:run"),
     "grpo": ("train.settings_alignment:GrpoJob", "train.grpo:run"),
     "merge": ("train.settings_finetune:MergeJob", "train.export:run"),

@@ -37,7 +37,7 @@ from train import adapters, artifacts, sharding
 from train.errors import JobCancelled
 from train.finetune import Examples
 from train.parallel import Workers
-from train.settings_finetune import DpoJob
+from train.settings_finetune import DpoJob, KtoJob
 
 PAIRS = ("prompt_ids", "chosen_ids", "rejected_ids")
 UNIT = 256  # pairs; what a kill costs at most, on each worker
@@ -47,7 +47,7 @@ _PASS_TOKENS = {"cpu": 4_096, "cuda": 32_768}
 
 
 def attach(
-    job: DpoJob,
+    job: DpoJob | KtoJob,
     model: Any | None,
     load: Callable[[], Any],
     tokenizer: PreTrainedTokenizerBase,
@@ -87,22 +87,20 @@ def attach(
             )
 
     workers.together(read)
-    if job.ld_alpha is None:
-        columns = values[:, 0:2]
-    else:
-        columns = values[:, 2:4] + np.float32(job.ld_alpha) * values[:, 4:6]
+    ld_alpha = job.ld_alpha if isinstance(job, DpoJob) else None
+    columns = values[:, 0:2] if ld_alpha is None else values[:, 2:4] + np.float32(ld_alpha) * values[:, 4:6]
     table = examples.table
     for name, column in zip(("ref_chosen_logps", "ref_rejected_logps"), columns.T, strict=True):
         table = table.append_column(name, pa.array(np.ascontiguousarray(column)))
     return dataclasses.replace(examples, table=table)
 
 
-def is_cut(job: DpoJob, workers: Workers) -> bool:
+def is_cut(job: DpoJob | KtoJob, workers: Workers) -> bool:
     """True when no worker holds the whole model."""
     return job.sharding == "fsdp2" and workers.world > 1
 
 
-def _describe(job: DpoJob, tokenizer: PreTrainedTokenizerBase, directory: str) -> str:
+def _describe(job: DpoJob | KtoJob, tokenizer: PreTrainedTokenizerBase, directory: str) -> str:
     """The name of the reference: a hash of all that its values depend on besides the pairs, which is written down beside them."""
     cache = str(artifacts.cache_directory())
     identity = {
@@ -148,7 +146,7 @@ def _read(path: str, count: int) -> np.ndarray:
 
 
 def _compute(
-    job: DpoJob,
+    job: DpoJob | KtoJob,
     model: Any,
     tokenizer: PreTrainedTokenizerBase,
     examples: Examples,
@@ -181,7 +179,7 @@ def _compute(
 
 
 @contextmanager
-def _scoring(model: Any, job: DpoJob, workers: Workers, cut: bool) -> Iterator[None]:
+def _scoring(model: Any, job: DpoJob | KtoJob, workers: Workers, cut: bool) -> Iterator[None]:
     """The model ready to be asked for log-probabilities, then as it was before (but where it is cut: it is given up)."""
     training = model.training
     model.eval()

@@ -229,6 +229,31 @@ class DpoJob(DpoSettings, FinetuneJob):
     )
 
 
+class KtoSettings(FinetuneSettings):
+    """How to align by single replies marked good or bad."""
+
+    loss: Literal["kto", "apo_zero_unpaired"] = Field(
+        default="kto",
+        description="KTO (Ethayarajh et al. 2024), or APO-zero (D'Oosterlinck et al. 2024), which has no term of the batch.",
+    )
+    beta: float = Field(default=0.1, gt=0, description="How strongly the model is held to its reference.")
+    desirable_weight: float = Field(default=1.0, gt=0, description="What good replies count in the loss.")
+    undesirable_weight: float = Field(
+        default=1.0,
+        gt=0,
+        description="What bad replies count. Where one kind is rarer, number times weight of the good should be 1 to 1.33 "
+        "times that of the bad (the paper's equation 8).",
+    )
+
+
+class KtoJob(KtoSettings, FinetuneJob):
+    """Everything an alignment by marked replies depends on."""
+
+    reference_cache: str | None = Field(
+        default=None, description="Where log-probabilities of the reference are kept for other runs. Default: with the job."
+    )
+
+
 class MergeSettings(Settings):
     """How to write a model with its adapters merged in."""
 

@@ -152,6 +152,7 @@ MESSAGES: dict[str, tuple[str, str]] = {
     "kind.pretrain": ("pretrain", "预训练"),
     "kind.sft": ("SFT", "监督微调"),
     "kind.dpo": ("DPO", "偏好优化"),
+    "kind.kto": ("KTO", "单条偏好优化"),
     "kind.reward": ("reward model", "奖励模型"),
     "kind.grpo": ("GRPO", "强化学习"),
     "kind.fisher": ("Fisher", "费舍尔信息"),

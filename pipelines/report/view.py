@@ -11,7 +11,7 @@ from operators import shards
 
 CHOOSING_KINDS = ("score", "select", "mix")
 SYNTHESIS_KINDS = ("self_instruct", "evol_instruct", "document_instruct", "responses")
-TRAINING_KINDS = ("pretrain", "sft", "dpo", "reward", "grpo")
+TRAINING_KINDS = ("pretrain", "sft", "dpo", "kto", "reward", "grpo")
 
 
 @dataclass(frozen=True)

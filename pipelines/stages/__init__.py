@@ -33,6 +33,7 @@ STAGES: dict[str, str] = {
     "reward": "pipelines.stages.reinforcement:RewardModelStage",
     "grpo": "pipelines.stages.reinforcement:GrpoStage",
     "fisher": "pipelines.stages.fisher:FisherStage",
+    "kto": "pipelines.stages.alignment:KtoStage",
     "merge": "pipelines.stages.alignment:MergeStage",
     "reviewed": "pipelines.stages.reviewed:ReviewedStage",
     "evaluate": "pipelines.stages.evaluation:EvaluateStage",

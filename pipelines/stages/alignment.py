@@ -12,7 +12,7 @@ from operators.config import SettingsError
 from operators.stage import Stage, StageContext
 from pipelines.stages.training import FinetuneStage, Mixed, is_external, model_path, paths, run_job
 from train.settings import OptimizerSettings
-from train.settings_finetune import DpoSettings, MergeSettings
+from train.settings_finetune import DpoSettings, KtoSettings, MergeSettings
 
 
 class DpoStage(DpoSettings, FinetuneStage):
@@ -28,8 +28,24 @@ class DpoStage(DpoSettings, FinetuneStage):
     input: Mixed = Field(description="A stage with preference pairs, or stages with their shares of the mixture.")
 
     def job(self, context: StageContext) -> dict[str, Any]:
-        kept = storage.join(context.cache_directory, "reference") if context.cache_directory else None
-        return {**super().job(context), "reference_cache": kept}
+        return {**super().job(context), "reference_cache": reference_cache(context)}
+
+
+class KtoStage(KtoSettings, FinetuneStage):
+    """Aligns a model with single replies that are marked good or bad (KTO), against the model it starts from."""
+
+    told: ClassVar[type[OptimizerSettings]] = KtoSettings
+
+    kind: Literal["kto"] = "kto"
+    input: Mixed = Field(description="A stage with labelled conversations (`format: kto`), or stages with their shares.")
+
+    def job(self, context: StageContext) -> dict[str, Any]:
+        return {**super().job(context), "reference_cache": reference_cache(context)}
+
+
+def reference_cache(context: StageContext) -> str | None:
+    """Where log-probabilities of reference models are kept for all runs."""
+    return storage.join(context.cache_directory, "reference") if context.cache_directory else None
 
 
 class MergeStage(MergeSettings, Stage):
