@@ -12,7 +12,6 @@ import json
 import math
 import os
 import re
-import shutil
 import tempfile
 import time
 import uuid
@@ -313,6 +312,8 @@ class Follow(TrainerCallback):
         self.stopped = False
         self.seconds = 0.0
         self._started = 0.0
+        self._mixture = examples.mixture(job)
+        self._given = samples.Given(self._mixture.names)
 
     @property
     def exhausted(self) -> bool:
@@ -335,6 +336,13 @@ class Follow(TrainerCallback):
             self.best = point
         self.worse = 0 if better else self.worse + 1
         return better
+
+    def _beside(self, state: TrainerState) -> dict[str, Any]:
+        """What is worth a curve and is no result: tokens with loss, and the mixture so far."""
+        size = self.job.batch_examples
+        draw = self._mixture.locate(np.arange((state.global_step - 1) * size, state.global_step * size))
+        tokens = np.array([self.examples.tokens[s][r] for s, r in zip(draw.source.tolist(), draw.row.tolist(), strict=True)])
+        return self._given.add(draw.source, tokens)
 
     def announce(self, note: str, done: int) -> None:
         """Tell what is about to be done. Raises JobCancelled when the user has asked to stop already."""
@@ -363,7 +371,7 @@ class Follow(TrainerCallback):
             self.keep(point["step"])
         if self.exhausted:
             control.should_training_stop = True
-        if self.workers.stop_requested(state.global_step, self.job.planned_steps, "steps", point):
+        if self.workers.stop_requested(state.global_step, self.job.planned_steps, "steps", {**point, **self._beside(state)}):
             self.stopped = True
             control.should_save = control.should_training_stop = True
 
@@ -466,7 +474,6 @@ def complete(
 
     result = workers.on_first(write)
     workers.on_first(lambda: storage.delete(root))
-    shutil.rmtree(trainer.args.output_dir, ignore_errors=True)
     return dict(workers.share(result))
 
 
@@ -504,8 +511,8 @@ def train(trainer: Any, follow: Follow, root: str, workers: Workers, note: str) 
 
 
 def output_directory(root: str) -> str:
-    """A scratch directory for the trainer, which insists on one; checkpoints are written to `root`."""
-    return tempfile.mkdtemp(prefix="danlu-")
+    """A directory for the trainer, which insists on one and leaves nothing there: checkpoints are written to `root`."""
+    return str(artifacts.cache_directory() / "trainer")
 
 
 def export(
