@@ -512,7 +512,7 @@ def train(trainer: Any, follow: Follow, root: str, workers: Workers, note: str) 
 
 def output_directory(root: str) -> str:
     """A directory for the trainer, which insists on one and leaves nothing there: checkpoints are written to `root`."""
-    return str(artifacts.cache_directory() / "trainer")
+    return os.path.join(tempfile.gettempdir(), "danlu-trainer")
 
 
 def export(
