@@ -13,14 +13,13 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import torch
@@ -251,21 +250,30 @@ def _write(directory: str, file: str, parts: Mapping[str, torch.Tensor], boxes: 
         position += length
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    scratch = storage.scratch_file(directory.rpartition("/")[0])
-    with open(scratch, "wb") as stream:
-        stream.write(len(text).to_bytes(8, "little") + text)
-        for tensor in parts.values():
-            _write_tensor(stream, tensor)
-    size = os.path.getsize(scratch)
-    storage.publish(scratch, destination)
+    if storage.is_remote(destination):  # a single upload, which the store makes visible at its end
+        filesystem, inner = storage.resolve(destination)
+        with filesystem.open_output_stream(inner) as stream:
+            size = _write_file(stream, text, parts)
+    else:
+        scratch = storage.scratch_file(directory.rpartition("/")[0])
+        with open(scratch, "wb") as local:
+            size = _write_file(local, text, parts)
+        storage.publish(scratch, destination)
     base = 8 + len(text)
     tensors = {key: {**boxes[key], "begin": base + begin, "dtype": name} for key, (begin, name) in offsets.items() if key in boxes}
     return {"file": file, "bytes": size, "tensors": tensors}
 
 
-def _write_tensor(stream: BinaryIO, tensor: torch.Tensor) -> None:
-    # Without a copy, and without Python's lock while the disk is waited for.
-    stream.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
+def _write_file(stream: Any, header: bytes, parts: Mapping[str, torch.Tensor]) -> int:
+    """Write a safetensors file to a binary stream; its size in bytes."""
+    stream.write(len(header).to_bytes(8, "little") + header)
+    size = 8 + len(header)
+    for tensor in parts.values():
+        # Without a copy, and without Python's lock while the disk is waited for.
+        data = tensor.reshape(-1).view(torch.uint8).numpy().data
+        stream.write(data)
+        size += data.nbytes
+    return size
 
 
 class Reader:

@@ -10,14 +10,17 @@ from typing import Any
 
 import pytest
 import torch
+from fsspec.implementations.memory import MemoryFileSystem
+from pyarrow import fs as pafs
 from safetensors import safe_open
 
+from cluster import storage
 from tests.train import group
 from tests.train.conftest import SHAPE
 from tests.train.test_golden_loss import job, losses
 from train import artifacts, attention, checkpoint, layout, models, pretrain
 from train.parallel import Workers
-from train.settings import ModelShape, ParallelSettings, PretrainJob
+from train.settings import ModelShape, ParallelSettings, PretrainJob, TrackSettings
 
 
 def chosen(packed: str, world: int, sharding: str = "ddp", tensor: int = 1, **changes: Any) -> layout.Layout:
@@ -188,16 +191,22 @@ def test_a_checkpoint_is_read_in_parts_that_were_cut_another_way(tmp_path: Path)
             assert torch.equal(reader.read("weight/w", offset, size), expected)
 
 
-def test_the_root_of_checkpoints_may_be_a_uri(packed: str, tmp_path: Path) -> None:
-    settings = job(packed, steps=6, checkpoint_every=2)
-    uri = f"file://{tmp_path}/run"
+def test_the_root_of_checkpoints_may_be_in_an_object_store(packed: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    memory = pafs.PyFileSystem(pafs.FSSpecHandler(MemoryFileSystem()))
+    original = storage.resolve
+    monkeypatch.setattr(storage, "resolve", lambda path: (memory, f"/{path[5:]}") if path.startswith("s3://") else original(path))
+    monkeypatch.setenv("DANLU_CACHE", str(tmp_path / "cache"))
+    settings = job(packed, steps=9, checkpoint_every=2, track=TrackSettings(tensorboard=False))
+    uri = "s3://bucket/run"
     with pytest.raises(pretrain.JobCancelled):
         pretrain.run(settings, uri, Workers(report=lambda done, *_: done == 5))
+    assert sorted(checkpoint.listing(f"{uri}/checkpoints")) == [4, 5]
     found = checkpoint.newest(f"{uri}/checkpoints")
     assert found is not None
-    assert found[0] == 5
     assert artifacts.is_complete(found[1])
-    assert pretrain.run(settings, uri, Workers())["steps"] == 6
+    resumed = pretrain.run(settings, uri, Workers())
+    assert resumed["curve"] == pretrain.run(settings, str(tmp_path / "local"), Workers())["curve"]
+    assert not (tmp_path / "cache").exists(), "nothing of a checkpoint is copied to this machine"
 
 
 @pytest.mark.slow
