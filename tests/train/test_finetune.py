@@ -13,7 +13,8 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
+from hypothesis import settings as examples_of
 from hypothesis import strategies as st
 from peft import PeftModel
 from pydantic import ValidationError
@@ -90,7 +91,7 @@ def test_the_plan_is_told_before_the_first_step(small_model: str, chats: str, tm
 # in which layout
 
 
-@settings(max_examples=60, deadline=None)
+@examples_of(max_examples=60, deadline=None)
 @given(
     lengths=st.lists(st.integers(2, 64), min_size=1, max_size=40),
     world=st.integers(1, 4),
@@ -401,30 +402,31 @@ def test_shards_and_whole_copies_give_one_worker_s_losses_and_go_on_from_each_ot
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", list(_LAYOUTS))
 @pytest.mark.parametrize("sharding", ["ddp", "fsdp2"])
 def test_two_workers_that_are_killed_go_on_with_the_same_samples_and_losses(
-    small_model: str, chats: str, tmp_path: Path, kind: str, sharding: str
+    small_model: str, chats: str, tmp_path: Path, sharding: str
 ) -> None:
-    told = plain(
-        small_model, chats, steps=8, checkpoint_every=3, **_LAYOUTS[kind], sharding=sharding, held_out=0.2, evaluate_every=2
-    )
-    two(tmp_path, [("whole", dumped(told), None, 0)])
-    two(tmp_path, [("killed", dumped(told), None, 5)], dies=True)
-    found = checkpoint.latest(str(tmp_path / "killed" / "checkpoints"))
-    assert found is not None
-    assert found[0] == 3
-    shutil.copytree(tmp_path / "killed", tmp_path / "alone")
-    two(tmp_path, [("killed", dumped(told), None, 0)])
-    whole, killed = result_of(tmp_path / "whole"), result_of(tmp_path / "killed")
-    assert losses(killed) == losses(whole)
-    assert killed["best"] == whole["best"]
-    assert taken(tmp_path / "killed") == taken(tmp_path / "whole")
-    alone = sft.run(told, str(tmp_path / "alone"), Workers())  # one worker takes up what two began
-    assert losses(alone) == pytest.approx(losses(whole), abs=1e-4)
+    told = {
+        kind: plain(small_model, chats, steps=8, checkpoint_every=3, held_out=0.2, evaluate_every=2, sharding=sharding, **changes)
+        for kind, changes in _LAYOUTS.items()
+    }
+    two(tmp_path, [(f"whole-{kind}", dumped(settings), None, 0) for kind, settings in told.items()])
+    for kind, settings in told.items():
+        two(tmp_path, [(f"killed-{kind}", dumped(settings), None, 5)], dies=True)
+        found = checkpoint.latest(str(tmp_path / f"killed-{kind}" / "checkpoints"))
+        assert found is not None
+        assert found[0] == 3
+        shutil.copytree(tmp_path / f"killed-{kind}", tmp_path / f"alone-{kind}")
+    two(tmp_path, [(f"killed-{kind}", dumped(settings), None, 0) for kind, settings in told.items()])
+    for kind, settings in told.items():
+        whole, killed = result_of(tmp_path / f"whole-{kind}"), result_of(tmp_path / f"killed-{kind}")
+        assert losses(killed) == losses(whole)
+        assert killed["best"] == whole["best"]
+        assert taken(tmp_path / f"killed-{kind}") == taken(tmp_path / f"whole-{kind}")
+        alone = sft.run(settings, str(tmp_path / f"alone-{kind}"), Workers())  # one worker takes up what two began
+        assert losses(alone) == pytest.approx(losses(whole), abs=1e-4)
 
 
-@pytest.mark.slow
 def test_a_model_that_was_not_cut_is_told_from_one_that_was() -> None:
     from train import sharding
 
