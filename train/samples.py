@@ -81,6 +81,26 @@ def shares(names: Sequence[str], source: np.ndarray, tokens: np.ndarray | None =
     return report
 
 
+class Given:
+    """What the inputs have given in this process so far: for curves, beside what is compared."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self._names = names
+        self._tokens = np.zeros(len(names), np.int64)
+
+    def add(self, source: np.ndarray, tokens: np.ndarray) -> dict[str, Any]:
+        """Count samples of these inputs with so many tokens with loss; the metrics so far.
+
+        `given_tokens`, and with several inputs `mixture/NAME`, the share of each.
+        """
+        self._tokens += np.bincount(source, weights=tokens, minlength=len(self._names)).astype(np.int64)
+        total = int(self._tokens.sum())
+        found: dict[str, Any] = {"given_tokens": total}
+        if len(self._names) > 1 and total:
+            found |= {f"mixture/{name}": round(int(n) / total, 6) for name, n in zip(self._names, self._tokens, strict=True)}
+        return found
+
+
 def thinned(curve: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """At most 500 points of a curve, the first and the last among them."""
     if len(curve) <= _CURVE_POINTS:

@@ -51,7 +51,7 @@ class Tracked:
 
     def _pace(self, step: int, metrics: dict[str, Any]) -> None:
         """Add `tokens_per_second` of the step to metrics that count tokens."""
-        tokens, now = metrics.get("tokens"), time.perf_counter()
+        tokens, now = metrics.pop("given_tokens", metrics.get("tokens")), time.perf_counter()
         if not isinstance(tokens, int):
             return
         if self._last is not None and now > self._last[0]:

@@ -6,9 +6,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from operators.config import SettingsError, parse
+from train.samples import Given
 from train.settings import TrackSettings
 from train.tracking import Tracked, events
 
@@ -71,3 +73,17 @@ def test_an_mlflow_server_that_is_not_there_is_named_at_the_start(tmp_path: Path
 def test_a_password_in_a_recipe_is_refused() -> None:
     with pytest.raises(SettingsError, match="MLFLOW_TRACKING_PASSWORD"):
         parse(TrackSettings, {"mlflow": "https://me:secret@tracking.example/"}, "track")
+
+
+def test_what_inputs_gave_becomes_their_shares_and_the_speed_of_tokens(tmp_path: Path) -> None:
+    given = Given(["新闻", "books"])
+    given.add(np.array([0, 1, 1]), np.array([30, 5, 5]))
+    metrics = given.add(np.array([0]), np.array([40]))
+    assert metrics == {"given_tokens": 80, "mixture/新闻": 0.875, "mixture/books": 0.125}
+    assert Given(["one"]).add(np.array([0]), np.array([7])) == {"given_tokens": 7}
+    tracked = Tracked(_report([]), TrackSettings(), str(tmp_path), "sft")
+    for step in (1, 2):
+        tracked(step, 2, "steps", {"loss": 1.0, **metrics, "given_tokens": 80 * step})
+    assert tracked.close("FINISHED")["curve"][0]["step"] == 2
+    tags = {tag for _, _, tag, _ in events(tmp_path / "tensorboard")}
+    assert tags == {"loss", "mixture/新闻", "mixture/books", "tokens_per_second"}
