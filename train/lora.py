@@ -9,7 +9,7 @@ from peft import LoraConfig
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from transformers.modeling_utils import PreTrainedModel
 
-from train import models
+from train import adapters, models
 from train.settings_finetune import FinetuneSettings, LoraSettings
 
 
@@ -41,10 +41,16 @@ def check(job: FinetuneSettings) -> None:
 def load_base(path: str, lora: LoraSettings | None, device: torch.device) -> PreTrainedModel:
     """The model to start from; its frozen matrices in 4 bits where that is asked for (`check` first).
 
-    QLoRA (Dettmers et al. 2023, section 3): NormalFloat with double quantisation, products in bfloat16.
+    QLoRA (Dettmers et al. 2023, section 3): NormalFloat with double quantisation, products in bfloat16. Raises ValueError for
+    an adapter that is not merged, which cannot be summed into 4 bits.
     """
     if lora is None or lora.quantize == "none":
         return models.load(path)
+    if adapters.find(path) is not None:
+        raise ValueError(
+            f"lora.quantize: nf4 starts from a whole model, and at {path} lies an adapter on a base; merge it first with a stage "
+            "of kind merge"
+        )
     return AutoModelForCausalLM.from_pretrained(
         models.model_directory(path),
         local_files_only=True,
