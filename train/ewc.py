@@ -223,8 +223,11 @@ class Ewc:
                     f"ewc: {strange[0]!r} is trained, which is no LoRA matrix of a linear layer; choose other lora.targets"
                 )
             wanted = {adapter.weight: parameters[adapter.b] for adapter in self._adapters}
+            across = {adapter.weight: parameters[adapter.a].shape[1] for adapter in self._adapters}
+            shapes: dict[str, tuple[int, ...]] = {name: (len(local(parameter)), across[name]) for name, parameter in wanted.items()}
         else:
             wanted = dict(parameters)
+            shapes = {name: tuple(local(parameter).shape) for name, parameter in wanted.items()}
         names = list(wanted)
         device = self.workers.device
         parts: dict[str, _Quadratic] = {}
@@ -253,9 +256,11 @@ class Ewc:
                         centres.append(torch.zeros_like(curvatures[-1]))
                     else:
                         centres.append(anchor.read(name, part) - base.read(name, part))
-                    found, expected = tuple(curvatures[-1].shape), tuple(centres[-1].shape)
-                    if found != expected:
-                        raise ValueError(f"ewc: {name!r} is {found} in {item.directory / FILE}, but {expected} in {item.anchor}")
+                    found = {tuple(curvatures[-1].shape), tuple(centres[-1].shape), shapes[name]}
+                    if len(found) > 1:
+                        raise ValueError(
+                            f"ewc: {name!r} is trained with shape {shapes[name]}, but not in {item.directory}: {sorted(found)}"
+                        )
                 parts[name] = _combined(curvatures, centres, _share(parameter, self.workers.world), device)
         return parts
 

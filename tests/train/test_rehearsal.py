@@ -54,7 +54,7 @@ def test_a_long_document_is_cut_into_pieces_that_are_the_document(small_model: s
     directory = texts(tmp_path / "docs" / "f0", text)
     examples = sft.encode(job(small_model, RowsInput(name="docs", directory=directory)), tokenizer)
     pieces = [row["input_ids"] for row in examples.table.to_pylist()]
-    assert len(pieces) > 5
+    assert len(pieces) >= 5
     assert tokenizer.decode([token for piece in pieces for token in piece]) == text + "<|endoftext|>"
     assert max(map(len, pieces)) <= 64
     assert max(map(len, pieces)) - min(map(len, pieces)) <= 1
@@ -72,7 +72,7 @@ def test_documents_that_cannot_be_learnt_from_are_set_aside_and_counted(small_mo
 def test_rows_that_are_neither_conversations_nor_documents_are_refused(tmp_path: Path) -> None:
     schema = pa.schema([pa.field("id", pa.string()), pa.field("body", pa.string())])
     directory = write_rows(tmp_path / "other" / "f0", "corpus", [{"id": "a", "body": "b"}], schema)
-    with pytest.raises(ValueError, match=r"no `messages` .* no `text` .* among its columns \['body', 'id'\]"):
+    with pytest.raises(ValueError, match=r"neither `messages` .* nor `text` .*\['body', 'id'\]"):
         rehearsal.holds_documents(directory)
 
 
