@@ -250,6 +250,7 @@ TOGETHER: dict[str, dict[str, Any]] = {
     "simpo": {"loss": {"simpo": 1.0, "sft": 0.5}, "beta": 2.0},
     "sharded": {"sharding": "fsdp2"},
     "sharded lora": {"sharding": "fsdp2", "lora": LoraSettings(rank=8), "loss": {"sigmoid": 1.0, "sft": 0.2}},
+    "cut and accumulated": {"sharding": "fsdp2", "micro_batch_examples": 2, "loss": "orpo"},
 }
 
 

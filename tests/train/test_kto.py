@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import os
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ from trl import KTOConfig, KTOTrainer
 from operators import tables
 from tests.train.conftest import preferences, write_rows
 from tests.train.test_dpo import PARITY, closing_model  # noqa: F401  a fixture
-from train import finetune, kto, models
+from train import finetune, kto, models, samples
 from train.parallel import Workers
 from train.settings import RowsInput
 from train.settings_finetune import KtoJob, LoraSettings
@@ -145,3 +147,30 @@ def test_rows_that_cannot_be_used_are_counted_and_inputs_without_labels_refused(
     assert tokenizer.decode(first["completion_ids"]).endswith("<|im_end|>")
     with pytest.raises(ValueError, match=r"input 'replies' has no labels .* `format: kto`"):
         kto.encode(job(small_model, chats), tokenizer)
+
+
+def worker_of_two(rank: int, port: int, told: KtoJob, directory: str) -> None:
+    torch.set_num_threads(1)
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    workers = Workers.here()
+    kto.run(told, directory, workers)
+    workers.barrier()
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sharding", ["ddp", "fsdp2"])
+def test_two_workers_take_the_steps_of_one(small_model: str, replies: str, tmp_path: Path, sharding: str) -> None:
+    told = job(small_model, replies, micro_batch_examples=2, sharding=sharding)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    together = torch.multiprocessing.spawn(worker_of_two, (port, told, str(tmp_path / "two")), nprocs=2, join=False)
+    one = kto.run(told.model_copy(update={"sharding": "ddp"}), str(tmp_path / "one"), Workers())
+    while not together.join(timeout=300):
+        pass
+    two = samples.read_result(str(tmp_path / "two"))
+    assert two is not None
+    for name in ("loss", "divergence", "chosen_reward"):
+        expected = [point[name] for point in one["curve"]]
+        assert [point[name] for point in two["curve"]] == pytest.approx(expected, abs=1e-4), name

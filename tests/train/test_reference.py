@@ -21,6 +21,7 @@ from tests.train.conftest import preferences, write_rows
 from tests.train.test_dpo import job
 from train import dpo, finetune, models, reference
 from train.errors import JobCancelled
+from train.lora import load_base
 from train.parallel import Workers
 from train.settings_finetune import DpoJob, LoraSettings
 
@@ -212,3 +213,10 @@ def test_real_pairs_chinese_and_english_start_at_the_reference(small_model: str,
     result = dpo.run(told, str(tmp_path / "run"), Workers())
     assert result["curve"][0]["loss"] == pytest.approx(math.log(2), abs=1e-5)
     assert result["curve"][0]["chosen_log_probability"] < -50
+
+
+def test_a_quantised_start_from_an_adapter_is_refused(small_model: str, tmp_path: Path) -> None:
+    model = get_peft_model(models.load(small_model), LoraConfig(r=4, target_modules=["q_proj"]))
+    model.save_pretrained(str(tmp_path / "adapter"))
+    with pytest.raises(ValueError, match=r"starts from a whole model, .* merge it first"):
+        load_base(str(tmp_path / "adapter"), LoraSettings(quantize="nf4"), torch.device("cpu"))
