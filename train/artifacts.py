@@ -1,7 +1,7 @@
 """Directories that libraries insist on having on a local disk: models, checkpoints, memory maps.
 
-A stage's directory may be a URI. What lies there is copied once to this machine; what is made here is built in a
-temporary directory and then becomes visible at its destination, whole or not at all (a local directory by rename,
+A stage's directory may be a URI. What lies there is copied once to this machine (`train.node_cache`); what is made here is
+built in a temporary directory and then becomes visible at its destination, whole or not at all (a local directory by rename,
 a remote one by uploading its `complete.json` last).
 """
 
@@ -18,47 +18,34 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from cluster import storage
+from train import node_cache
+from train.node_cache import Remote, cache_directory
+
+__all__ = ["MARKER", "building", "cache_directory", "is_complete", "local_directory", "local_file", "publish", "write_marker"]
 
 MARKER = "complete.json"
 
 
-def cache_directory() -> Path:
-    """Where copies of remote files live on this machine: `$DANLU_CACHE`, else `danlu` in the temporary directory."""
-    path = Path(os.environ.get("DANLU_CACHE") or os.path.join(tempfile.gettempdir(), "danlu"))
-    path.mkdir(parents=True, exist_ok=True)
-    return path
+def local_file(path: str, sha256: str | None = None) -> Path:
+    """The file on this machine's disk; a remote one is fetched once into the node's cache and held to `sha256` where given.
 
-
-def local_file(path: str) -> Path:
-    """The file on this machine's disk; a remote one is downloaded the first time, named by its path and size.
-
-    Raises FileNotFoundError.
+    Raises FileNotFoundError, or node_cache.CacheError.
     """
     if not storage.is_remote(path):
         found = storage.local_path(path)
         if not found.is_file():
             raise FileNotFoundError(f"no such file: {path}")
         return found
-    key = hashlib.sha256(f"{path}:{storage.size(path)}".encode()).hexdigest()[:32]
-    target = cache_directory() / key / path.rsplit("/", 1)[-1]
-    if not target.exists():
-        target.parent.mkdir(parents=True, exist_ok=True)
-        _download(path, target)
-    return target
-
-
-def _download(path: str, target: Path) -> None:
-    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
-    with storage.open_input(path) as source, open(temporary, "wb") as sink:
-        while block := source.read(8 << 20):
-            sink.write(block)
-    os.replace(temporary, target)
+    [entry] = storage.list_files(path)
+    name = path.rsplit("/", 1)[-1]
+    directory = node_cache.fetch(_key([path, entry.size, sha256 or entry.mtime_ns]), [Remote(path, name, entry.size, sha256)])
+    return directory / name
 
 
 def local_directory(path: str) -> Path:
-    """The directory on this machine's disk; every file of a remote one is downloaded once.
+    """The directory on this machine's disk; a remote one is fetched once, held to the checksums of its `complete.json`.
 
-    Raises FileNotFoundError when there is none.
+    Raises FileNotFoundError when there is none, or node_cache.CacheError.
     """
     if not storage.is_remote(path):
         found = storage.local_path(path)
@@ -66,14 +53,14 @@ def local_directory(path: str) -> Path:
             raise FileNotFoundError(f"no such directory: {path}")
         return found
     entries = storage.list_files(path)
-    key = hashlib.sha256(json.dumps([path, [[e.relative, e.size, e.mtime_ns] for e in entries]]).encode()).hexdigest()[:32]
-    target = cache_directory() / key
-    for entry in entries:
-        copy = target / entry.relative
-        if not copy.exists():
-            copy.parent.mkdir(parents=True, exist_ok=True)
-            _download(entry.path, copy)
-    return target
+    marked = any(entry.relative == MARKER for entry in entries)
+    sums = json.loads(storage.read_bytes(storage.join(path, MARKER))).get("sha256", {}) if marked else {}
+    files = [Remote(entry.path, entry.relative, entry.size, sums.get(entry.relative)) for entry in entries]
+    return node_cache.fetch(_key([path, [[e.relative, e.size, e.mtime_ns] for e in entries]]), files)
+
+
+def _key(content: object) -> str:
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:32]
 
 
 @contextmanager
@@ -111,7 +98,7 @@ def publish(local: Path, destination: str) -> None:
 
 
 def write_marker(local: Path) -> None:
-    """List the files of a finished directory with their sizes in `complete.json`, which is written last and synced."""
+    """List the files of a finished directory with their sizes and SHA-256 in `complete.json`, which is written last and synced."""
     files = {
         entry.relative_to(local).as_posix(): entry.stat().st_size
         for entry in sorted(local.rglob("*"))
@@ -123,7 +110,8 @@ def write_marker(local: Path) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
-    storage.write_bytes(str(local / MARKER), json.dumps({"files": files}, indent=1).encode())
+    sums = {name: storage.sha256_of(str(local / name)) for name in files}
+    storage.write_bytes(str(local / MARKER), json.dumps({"files": files, "sha256": sums}, indent=1).encode())
 
 
 def is_complete(path: str) -> bool:

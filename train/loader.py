@@ -78,7 +78,8 @@ class PackedTokens:
         )
 
     def _map(self, name: str, dtype: np.dtype, items: int) -> np.ndarray:
-        path = artifacts.local_file(storage.join(self.directory, name))
+        checksums = self.index.get("sha256", {})
+        path = artifacts.local_file(storage.join(self.directory, name), checksums.get(name.rpartition("/")[2]))
         if path.stat().st_size != items * dtype.itemsize:
             raise ValueError(f"{path}: {path.stat().st_size} bytes, the index says {items} items of {dtype.itemsize} bytes")
         return np.memmap(path, dtype, "r") if items else np.zeros(0, dtype)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,10 +15,12 @@ import pyarrow.compute as pc
 from tokenizers import Tokenizer
 
 from cluster import storage
+from operators.tokens import byte_pairs
 
 _CHUNK_CHARACTERS = 1 << 16
 _BATCH_CHARACTERS = 1 << 20  # an Encoding costs some 150 bytes a token while it lives
 _LOOKBACK = 1 << 12
+_KERNEL_BYTES = 4 << 20
 _SEAM = re.compile(r"(?:[A-Za-z\u4e00-\u9fff](?=[ \n.,;:!?\u3001\u3002\uff0c\uff01\uff1f\uff1b\uff1a]))")
 
 
@@ -49,18 +51,26 @@ class TokenizerFiles:
             token = token.get("content")
         return None if token is None else Tokenizer.from_buffer(self.model).token_to_id(token)
 
+    @property
+    def vocab_size(self) -> int:
+        """Tokens in all, added ones included."""
+        return int(Tokenizer.from_buffer(self.model).get_vocab_size(with_added_tokens=True))
+
 
 class Encoder:
     """Encodes columns of text. Text that looks like a special token is encoded as ordinary text, never as control.
 
-    Memory is bounded by the batch's text, its ids (4 bytes a token) and one mebicharacter in the tokenizer's own form.
+    A tokenizer whose rules are known goes through `byte_pairs`, whose ids are those of the tokenizers library; every other
+    one, and any text that the kernel leaves alone, through the library. Memory is bounded by the batch's text, its ids
+    (4 bytes a token), 16 MiB of words met before, and one mebicharacter in the library's own form.
     """
 
-    def __init__(self, model: bytes) -> None:
+    def __init__(self, model: bytes, *, kernel: bool = True) -> None:
         self._tokenizer = Tokenizer.from_buffer(model)
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self._tokenizer.encode_special_tokens = True
+        self.kernel = byte_pairs.compiled(json.loads(model)) if kernel else None
 
     @property
     def vocab_size(self) -> int:
@@ -68,6 +78,42 @@ class Encoder:
 
     def encode(self, texts: pa.Array | pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray]:
         """(uint32[tokens] of all texts one after the other, int64[texts + 1] offsets). A null text has no tokens."""
+        if self.kernel is None:
+            ids, counts = self._by_library(texts)
+        else:
+            parts = [self._by_kernel(piece) for piece in _of_bounded_bytes(texts)]
+            ids = np.concatenate([part[0] for part in parts]) if parts else np.zeros(0, np.uint32)
+            counts = np.concatenate([part[1] for part in parts]) if parts else np.zeros(0, np.int64)
+        offsets = np.zeros(len(counts) + 1, np.int64)
+        np.cumsum(counts, out=offsets[1:])
+        return ids, offsets
+
+    def _by_kernel(self, texts: pa.Array) -> tuple[np.ndarray, np.ndarray]:
+        assert self.kernel is not None
+        _, offsets, data = texts.buffers()
+        where = np.frombuffer(offsets, np.int64, len(texts) + 1, 8 * texts.offset)
+        ids, counts = self.kernel.encode(np.frombuffer(data, np.uint8) if data is not None else np.zeros(0, np.uint8), where)
+        left = counts < 0
+        if self.kernel.others:
+            pattern = "|".join(re.escape(token) for token in self.kernel.others)
+            left = left | pc.match_substring_regex(texts, pattern).to_numpy(zero_copy_only=False)
+        if not left.any():
+            return ids, counts
+        rows = np.flatnonzero(left)
+        theirs, their_counts = self._by_library(texts.take(pa.array(rows)))
+        ends, their_ends = np.cumsum(np.maximum(counts, 0)), np.cumsum(their_counts)
+        pieces, done = [], 0
+        for number, row in enumerate(rows.tolist()):
+            end = int(ends[row])
+            pieces += [
+                ids[done : end - max(0, int(counts[row]))],
+                theirs[their_ends[number] - their_counts[number] : their_ends[number]],
+            ]
+            done = end
+            counts[row] = their_counts[number]
+        return np.concatenate([*pieces, ids[done:]]), counts
+
+    def _by_library(self, texts: pa.Array | pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray]:
         pieces: list[np.ndarray] = []
         counts = np.zeros(len(texts), np.int64)
         batch: list[str] = []
@@ -84,9 +130,7 @@ class Encoder:
                     self._flush(batch, rows, pieces, counts)
                     size = 0
         self._flush(batch, rows, pieces, counts)
-        offsets = np.zeros(len(counts) + 1, np.int64)
-        np.cumsum(counts, out=offsets[1:])
-        return (np.concatenate(pieces) if pieces else np.zeros(0, np.uint32)), offsets
+        return (np.concatenate(pieces) if pieces else np.zeros(0, np.uint32)), counts
 
     def _flush(self, batch: list[str], rows: list[int], pieces: list[np.ndarray], counts: np.ndarray) -> None:
         for row, encoding in zip(rows, self._tokenizer.encode_batch_fast(batch, add_special_tokens=False), strict=True):
@@ -99,6 +143,19 @@ class Encoder:
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """The exact text of whole documents' ids, special tokens left out."""
         return str(self._tokenizer.decode(np.asarray(ids).tolist(), skip_special_tokens=True))
+
+
+def _of_bounded_bytes(texts: pa.Array | pa.ChunkedArray) -> Iterator[pa.Array]:
+    """The column as large strings without nulls, in runs of rows of about 4 MiB."""
+    for chunk in texts.chunks if isinstance(texts, pa.ChunkedArray) else [texts]:
+        column = pc.fill_null(chunk.cast(pa.large_string()), "")
+        sizes = np.cumsum(pc.binary_length(column).to_numpy(zero_copy_only=False))
+        first = 0
+        while first < len(column):
+            done = int(sizes[first - 1]) if first else 0
+            last = min(int(np.searchsorted(sizes, done + _KERNEL_BYTES)) + 1, len(column))
+            yield column.slice(first, last - first)
+            first = last
 
 
 def cut(text: str, size: int) -> list[str]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numba
@@ -260,11 +261,17 @@ def _by_size(batch: pa.RecordBatch) -> Iterator[pa.RecordBatch]:
         first = last
 
 
+@lru_cache(maxsize=1)
+def _encoder(model: bytes) -> Encoder:
+    """Compiled once a worker process, and with it go the words that earlier units have met."""
+    return Encoder(model)
+
+
 @ray.remote(num_cpus=1)
 def _pack_unit(directory: str, unit: int, span: Span, model: bytes, settings: PackSettings) -> dict[str, Any]:
     single_threaded()
     writer = UnitWriter(directory, unit)
-    ledger, stats = pack_span(span, Encoder(model), settings, writer)
+    ledger, stats = pack_span(span, _encoder(model), settings, writer)
     return writer.commit(ledger, stats)
 
 
@@ -343,7 +350,7 @@ def pack_stage(
     paths = [storage.join(directory, part["name"]) for unit in sorted(done) for part in done[unit]["parts"]]
     index = {
         "length": length,
-        "vocab_size": Encoder(tokenizer.model).vocab_size,
+        "vocab_size": tokenizer.vocab_size,
         "eos_token_id": eos,
         "padding_token_id": settings.padding_token_id,
     }

@@ -3,11 +3,13 @@
 tokens.bin            uint16 (uint32 from 65,536 tokens of vocabulary on), little endian, [sequences, length]
 boundaries.bin        int32, little endian: the cu_seqlens of all sequences one after the other
 boundary_offsets.bin  int64, little endian, [sequences + 1]: where each sequence's cu_seqlens begin, in elements
-tokens.json           the index: dtype, length, sequences, vocab_size, eos_token_id, padding_token_id, file names
+tokens.json           the index: dtype, length, sequences, vocab_size, eos_token_id, padding_token_id, file names and
+                      the SHA-256 of the files, to which copies on a training node are held
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Iterator, Sequence
@@ -38,9 +40,8 @@ def write_twin(
     dtype = token_dtype(vocab_size)
     sequences, elements = 0, 0
     with ExitStack() as stack:
-        tokens, boundaries, offsets = (
-            stack.enter_context(_stream(directory, name)) for name in (TOKENS, BOUNDARIES, BOUNDARY_OFFSETS)
-        )
+        files = {name: stack.enter_context(_stream(directory, name)) for name in (TOKENS, BOUNDARIES, BOUNDARY_OFFSETS)}
+        tokens, boundaries, offsets = files.values()
         offsets.write(np.zeros(1, "<i8").tobytes())
         for path in parts:
             for table in _row_groups(path, ["tokens", "cu_seqlens"]):
@@ -64,6 +65,7 @@ def write_twin(
         "padding_token_id": padding_token_id,
         "boundaries": BOUNDARIES,
         "boundary_offsets": BOUNDARY_OFFSETS,
+        "sha256": {name: file.digest.hexdigest() for name, file in files.items()},
     }
     storage.write_bytes(storage.join(directory, INDEX), json.dumps(index, indent=1, sort_keys=True).encode())
     return sequences
@@ -76,13 +78,24 @@ def _row_groups(path: str, columns: list[str]) -> Iterator[pa.Table]:
             yield file.read_row_group(group, columns=columns)
 
 
+class _Hashed:
+    """A stream that knows the SHA-256 of what was written."""
+
+    def __init__(self, stream: BinaryIO) -> None:
+        self._stream, self.digest = stream, hashlib.sha256()
+
+    def write(self, data: bytes | memoryview) -> None:
+        self.digest.update(data)
+        self._stream.write(data)
+
+
 @contextmanager
-def _stream(directory: str, name: str) -> Iterator[BinaryIO]:
+def _stream(directory: str, name: str) -> Iterator[_Hashed]:
     """A local scratch file that takes its name when complete."""
     scratch = storage.scratch_file(directory)
     try:
         with open(scratch, "wb") as stream:
-            yield stream
+            yield _Hashed(stream)
         storage.publish(scratch, storage.join(directory, name))
     finally:
         if os.path.exists(scratch):

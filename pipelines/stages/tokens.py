@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -51,6 +51,7 @@ class PackStage(Stage):
     """Encodes documents and packs them into sequences of one length, with a flat twin that training maps into memory."""
 
     kind: Literal["pack"] = "pack"
+    version: ClassVar[int] = 2
     input: str | list[str] = Field(description="The stages whose kept documents are packed, in this order.")
     tokenizer: str | None = Field(None, description="The tokenizer stage.")
     tokenizer_path: str | None = Field(
