@@ -304,6 +304,7 @@ class _Training:
         total = sums.over(workers, place.tensor, float(self.writer.written))
         value = total.loss / valid
         if not (math.isfinite(value) and math.isfinite(float(norm))):
+            self.writer.finish()  # all workers come here; a checkpoint that is being written is from before
             raise NonFiniteLoss(
                 f"step {self.step}: the loss is {value} and the norm of the gradient {float(norm)}, batch of sequences "
                 f"{self._named(everyone)}; learning rate {rate:.3g}. Lower the learning rate, lengthen the warm-up, or look at "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from tests.train import group
 from tests.train.conftest import SHAPE
 from tests.train.test_golden_loss import job, losses
 from train import artifacts, attention, checkpoint, layout, models, pretrain
+from train.errors import NonFiniteLoss
 from train.parallel import Workers
 from train.settings import ModelShape, ParallelSettings, PretrainJob, TrackSettings
 
@@ -288,3 +290,28 @@ def test_activation_checkpointing_computes_again_what_it_does_not_keep(
     assert found["none"]["mlp"] == SHAPE["layers"]
     assert found["full"] == {name: 2 * count for name, count in found["none"].items()}
     assert found["selective"] == {"mlp": 2 * found["none"]["mlp"], "attention": found["none"]["attention"]}
+
+
+def test_a_checkpoint_in_the_writing_is_put_in_force_when_the_loss_is_not_finite(
+    packed: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = checkpoint._write
+
+    def slow(*arguments: Any) -> dict[str, Any]:
+        time.sleep(1)
+        return original(*arguments)
+
+    monkeypatch.setattr(checkpoint, "_write", slow)
+    broken = layout.global_norm
+    norms: list[float] = []
+
+    def norm(*arguments: Any) -> torch.Tensor:
+        norms.append(0.0)
+        return broken(*arguments) * (float("inf") if len(norms) == 7 else 1.0)
+
+    monkeypatch.setattr(layout, "global_norm", norm)
+    with pytest.raises(NonFiniteLoss, match=r"step 6: .* the norm of the gradient inf"):
+        pretrain.run(job(packed, checkpoint_every=5), str(tmp_path / "run"), Workers())
+    found = checkpoint.newest(str(tmp_path / "run" / "checkpoints"))
+    assert found is not None
+    assert found[0] == 5
