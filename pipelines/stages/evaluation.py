@@ -20,6 +20,7 @@ def listed(value: str | list[str] | None) -> list[str]:
 class EvaluateStage(EvaluateSettings, Stage):
     """Compares models: held-out perplexity by language and source, preference accuracy, replies side by side."""
 
+    version: ClassVar[int] = 2  # pairs are rendered by a tokenizer's own chat template
     resource: ClassVar[str] = "train"
 
     kind: Literal["evaluate"] = "evaluate"
