@@ -45,9 +45,9 @@ def test_two_workers_under_ddp_fsdp2_and_tensor_parallelism_have_the_losses_of_o
     packed: str, golden: dict[str, Any], tmp_path: Path
 ) -> None:
     plan = {
-        "ddp 2": job(packed),
-        "fsdp2 2": job(packed, "fsdp2", micro_batch_sequences=2, activation_checkpointing="full"),
-        "tensor 2": job(packed, tensor=2, micro_batch_sequences=3, activation_checkpointing="selective"),
+        "ddp 2": job(packed, micro_batch_sequences=2),
+        "fsdp2 2": job(packed, "fsdp2", activation_checkpointing="full"),
+        "tensor 2": job(packed, tensor=2),
     }
     results = group.run([group.entry(one, tmp_path / name) for name, one in plan.items()], tmp_path, 2)
     assert losses(golden)[-1] < 0.5 * losses(golden)[0]
@@ -56,6 +56,19 @@ def test_two_workers_under_ddp_fsdp2_and_tensor_parallelism_have_the_losses_of_o
         assert losses(result) == pytest.approx(losses(golden), abs=1e-4), name
         assert norms(result) == pytest.approx(norms(golden), rel=2e-3), name
         assert result["parameters"] == golden["parameters"]
+
+
+@pytest.mark.slow
+def test_accumulation_and_activation_checkpointing_change_no_loss_under_any_layout(
+    packed: str, golden: dict[str, Any], tmp_path: Path
+) -> None:
+    plan = [
+        job(packed, *place, micro_batch_sequences=3, activation_checkpointing=mode)
+        for place, mode in ((("ddp", 1), "selective"), (("fsdp2", 1), "selective"), (("ddp", 2), "selective"), (("ddp", 2), "full"))
+    ]
+    for result in group.run([group.entry(one, tmp_path / f"{n}") for n, one in enumerate(plan)], tmp_path, 2):
+        assert losses(result) == pytest.approx(losses(golden), abs=1e-4)
+        assert norms(result) == pytest.approx(norms(golden), rel=2e-3)
 
 
 @pytest.mark.slow
