@@ -310,7 +310,9 @@ class _Training:
                 f"{self._named(everyone)}; learning rate {rate:.3g}. Lower the learning rate, lengthen the warm-up, or look at "
                 f"these sequences; the last checkpoint is in {self.root}"
             )
-        layout.scale_gradients(self.parameters, torch.clamp(job.clip / (norm + 1e-6), max=1.0))
+        factor = job.clip / (norm + 1e-6)
+        if float(factor) < 1:
+            layout.scale_gradients(self.parameters, factor)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.step()
