@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,12 @@ import pyarrow as pa
 import pytest
 import torch
 
+from operators import shards
+from operators.config import SettingsError
+from operators.stage import StageContext
+from pipelines.recipe import parse_recipe
 from tests.train.conftest import documents, write_rows
-from train import ewc, fisher, models, pretrain, rehearsal, sft
+from train import ewc, fisher, jobs, models, pretrain, rehearsal, sft
 from train.loader import IGNORE
 from train.parallel import Workers
 from train.settings import EwcTerm, PretrainJob, RowsInput
@@ -191,6 +196,61 @@ def test_rehearsal_ewc_lora_loss_weights_and_stages_work_together(
     assert second["curve"][0]["ewc_penalty"] == pytest.approx(expected, rel=1e-3)
     assert first["curve"][0]["ewc_penalty"] == pytest.approx(0.0, abs=1e-9)
     assert any(not torch.equal(a, b) for a, b in zip(base.parameters(), middle.parameters(), strict=True))
+
+
+class Group:
+    """Does jobs in this process, as the workers of a run do them."""
+
+    def run(self, job: dict[str, Any], *_: Any) -> dict[str, Any]:
+        settings, run = jobs.load(job["kind"])
+        return run(settings(**job["config"]), job["directory"], Workers())
+
+
+def test_stages_of_a_recipe_find_fisher_diagonals_and_models_by_name(
+    small_model: str, packed: str, chats: str, corpus: str, tmp_path: Path
+) -> None:
+    recipe = parse_recipe(
+        f"""
+name: kept
+seed: 3
+stages:
+  chats: {{kind: conversations, path: [x.jsonl], format: messages}}
+  docs: {{kind: corpus, read: {{path: x.jsonl}}}}
+  tokens: {{kind: pack, input: docs, tokenizer: {small_model}, length: 64}}
+  known: {{kind: fisher, model: {small_model}, input: {{chats: 0.5, docs: 0.5}}, sequences: 8}}
+  first: {{kind: sft, model: {small_model}, input: {{chats: 0.8, docs: {{weight: 0.2, loss_weight: 0.5}}}}, steps: 2,
+    batch_examples: 2, learning_rate: 0.001, max_length: 64, ewc: [{{fisher: known, strength: 2}}]}}
+  learnt: {{kind: fisher, model: first, input: tokens, previous: known, decay: 0.5, sequences: 4}}
+  second: {{kind: sft, model: first, input: {{chats: 0.8, docs: 0.2}}, steps: 2, batch_examples: 2, learning_rate: 0.001,
+    max_length: 64, lora: {{rank: 2}}, ewc: [{{fisher: learnt, strength: 2}}, {{fisher: known, strength: 1}}]}}
+  more: {{kind: pretrain, model: second, input: {{tokens: {{weight: 1, loss_weight: 0.5}}}}, steps: 2, batch_sequences: 2,
+    ewc: [{{fisher: learnt, strength: 2}}]}}
+"""
+    )
+    made = {"chats": chats, "docs": corpus, "tokens": packed}
+    made = {name: str(shutil.copytree(path, tmp_path / name / "f0")) for name, path in made.items()}  # into one run
+    curves: dict[str, list[dict[str, Any]]] = {}
+    for name in ("known", "first", "learnt", "second", "more"):
+        stage = recipe.stages[name]
+        directory = str(tmp_path / name / "f0")
+        inputs = {needed: made[needed] for needed in stage.input_names()}
+        context = StageContext(
+            stage=name, kind=stage.kind, directory=directory, fingerprint="f0", config={}, inputs=inputs, seed=3,
+            services={"train": Group},
+        )  # fmt: skip
+        stage.run(context)
+        made[name] = directory
+        curves[name] = shards.load_manifest(directory).stats.get("curve", [])
+    assert set(recipe.stages["second"].input_names()) == {"chats", "docs", "first", "learnt", "known"}
+    assert curves["first"][0]["ewc_penalty"] == pytest.approx(0.0, abs=1e-9)
+    assert curves["second"][0]["ewc_penalty"] > 0  # of `known`: the first stage has moved the model away
+    assert curves["more"][0]["ewc_penalty"] > 0
+    assert shards.load_manifest(made["learnt"]).stats["tasks"] == 2
+
+    wrong = recipe.stages["first"].model_copy(update={"ewc": [EwcTerm(fisher="chats", strength=1.0)]})
+    context.inputs = made
+    with pytest.raises(SettingsError, match="ewc: stage 'chats' is no `fisher` stage"):
+        wrong.run(context)
 
 
 def test_conversations_and_documents_are_told_apart_by_their_columns(chats: str, corpus: str) -> None:
