@@ -236,8 +236,7 @@ class _Sum(torch.autograd.Function):
 def _look_up(embedding: nn.Embedding, ids: torch.Tensor) -> torch.Tensor:
     """The embedding of tokens where each worker holds a part of the vocabulary (Megatron-LM's).
 
-    Not DTensor's own: its gradient is made of the whole vocabulary on each worker, and it takes `padding_idx` for a row of
-    the part.
+    Not DTensor's own (RowwiseParallel): that makes the gradient of the whole vocabulary on each worker.
     """
     weight: Any = embedding.weight
     mesh = weight.device_mesh
@@ -245,7 +244,10 @@ def _look_up(embedding: nn.Embedding, ids: torch.Tensor) -> torch.Tensor:
     part = weight.to_local()
     own = ids - first
     here = (own >= 0) & (own < len(part))
-    found = F.embedding(own.clamp(0, len(part) - 1), part) * here[..., None]
+    padding = None if embedding.padding_idx is None else embedding.padding_idx - first
+    if padding is not None and not 0 <= padding < len(part):
+        padding = None
+    found = F.embedding(own.clamp(0, len(part) - 1), part, padding) * here[..., None]
     return _Sum.apply(found, mesh.get_group())  # type: ignore[no-any-return,no-untyped-call]
 
 
