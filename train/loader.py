@@ -26,12 +26,13 @@ from train.mixture import Draw, Mixture, weights_by_tokens
 IGNORE = -100
 """The label of a position without loss, as torch's cross entropy has it."""
 
+_STRETCH = 4096  # positions whose places are remembered, 80 kB
 _DTYPES: dict[str, np.dtype[Any]] = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows ready for a model: int64 arrays [rows, length].
+    """Rows ready for a model: int32 arrays [rows, length], which are widened where they are used, past the way to a GPU.
 
     `labels[t]` is the token after t of the same document, IGNORE where there is none (last token of a document,
     padding). `position_ids` restart at every document, which is what isolates packed documents from each other.
@@ -82,7 +83,8 @@ class PackedTokens:
         path = artifacts.local_file(storage.join(self.directory, name), checksums.get(name.rpartition("/")[2]))
         if path.stat().st_size != items * dtype.itemsize:
             raise ValueError(f"{path}: {path.stat().st_size} bytes, the index says {items} items of {dtype.itemsize} bytes")
-        return np.memmap(path, dtype, "r") if items else np.zeros(0, dtype)
+        # A plain view: indexing a numpy.memmap makes another one each time, which costs more than a row's copy.
+        return np.memmap(path, dtype, "r").view(np.ndarray) if items else np.zeros(0, dtype)
 
     def __len__(self) -> int:
         return self.sequences
@@ -123,18 +125,30 @@ class PackedTokens:
 
 @njit(cache=True, nogil=True)
 def _assemble(tokens, boundaries, sequences, starts, ends, rows, input_ids, position_ids, labels):  # type: ignore[no-untyped-def]
+    # One plain loop from 0 an array, without a branch: the compiler makes wide loads and stores of it, not of slices.
     length = tokens.shape[1]
     for n in range(sequences.size):
-        source, row = tokens[sequences[n]], rows[n]
-        start, end = 0, 0
-        for k in range(starts[n] + 1, ends[n] + 1):
-            # The last round, past the boundaries, is the padding: a piece of its own without labels.
-            padding = k == ends[n]
-            start, end = end, length if padding else boundaries[k]
-            for t in range(start, end):
-                input_ids[row, t] = source[t]
-                position_ids[row, t] = t - start
-                labels[row, t] = -100 if padding or t + 1 == end else source[t + 1]
+        source, ids, targets, places = tokens[sequences[n]], input_ids[rows[n]], labels[rows[n]], position_ids[rows[n]]
+        for t in range(length):
+            ids[t] = source[t]
+        for t in range(length - 1):
+            targets[t] = source[t + 1]
+        start = np.int64(0)
+        for k in range(starts[n] + 1, ends[n]):
+            end = np.int64(boundaries[k])
+            piece = places[start:end]
+            for t in range(piece.size):
+                piece[t] = t
+            if end > start:
+                targets[end - 1] = -100
+            start = end
+        # Padding is a piece of its own, without labels.
+        rest, aside = places[start:], targets[start:]
+        for t in range(rest.size):
+            rest[t] = t
+        for t in range(aside.size):
+            aside[t] = -100
+        targets[length - 1] = -100
 
 
 class TokenLoader:
@@ -155,13 +169,30 @@ class TokenLoader:
         rows = list(weights) if len(corpora) == 1 else weights_by_tokens(weights, [c.mean_valid_tokens() for c in corpora])
         self.mixture = Mixture([len(corpus) for corpus in corpora], rows, seed, names)
         self.length = corpora[0].length
+        self._stretches: dict[int, Draw] = {}
         self.fingerprint = tables.content_hash(
             [[corpus.fingerprint() for corpus in corpora], [float(weight) for weight in weights], seed, 1]
         )
 
     def locate(self, positions: np.ndarray) -> Draw:
         """Which row of which corpus the samples at these positions are."""
-        return self.mixture.locate(positions)
+        positions = np.asarray(positions, np.int64)
+        if not positions.size or positions[-1] - positions[0] + 1 != positions.size or (np.diff(positions) != 1).any():
+            return self.mixture.locate(positions)
+        # A batch is a run of positions: whole stretches of the stream are worked out at a time.
+        first, last = int(positions[0]), int(positions[-1])
+        draws = [self._stretch(number) for number in range(first // _STRETCH, last // _STRETCH + 1)]
+        taken = slice(first % _STRETCH, first % _STRETCH + positions.size)
+        if len(draws) == 1:
+            return Draw(draws[0].source[taken], draws[0].row[taken], draws[0].epoch[taken])
+        return Draw(*(np.concatenate([getattr(draw, name) for draw in draws])[taken] for name in ("source", "row", "epoch")))
+
+    def _stretch(self, number: int) -> Draw:
+        if number not in self._stretches:
+            while len(self._stretches) >= 4:
+                self._stretches.pop(next(iter(self._stretches)))
+            self._stretches[number] = self.mixture.locate(np.arange(number * _STRETCH, (number + 1) * _STRETCH))
+        return self._stretches[number]
 
     def valid_tokens(self, positions: np.ndarray) -> np.ndarray:
         """Labels with loss of each sample, int64, without reading its tokens."""
@@ -177,12 +208,14 @@ class TokenLoader:
         """The samples at these positions, in order."""
         draw = self.locate(positions)
         shape = (len(draw.row), self.length)
-        batch = Batch(np.empty(shape, np.int64), np.empty(shape, np.int64), np.empty(shape, np.int64), 0)
+        batch = Batch(np.empty(shape, np.int32), np.empty(shape, np.int32), np.empty(shape, np.int32), 0)
+        valid = 0
         for index, corpus in enumerate(self.corpora):
             chosen = np.flatnonzero(draw.source == index)
             if chosen.size:
                 corpus.fill(draw.row[chosen], batch, chosen)
-        return Batch(batch.input_ids, batch.position_ids, batch.labels, int(np.count_nonzero(batch.labels != IGNORE)))
+                valid += int(corpus.valid_tokens(draw.row[chosen]).sum())
+        return Batch(batch.input_ids, batch.position_ids, batch.labels, valid)
 
     def state(self, samples: int, tokens: int) -> dict[str, Any]:
         """All there is to remember of a loader that has given out `samples` samples."""

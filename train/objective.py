@@ -172,7 +172,7 @@ def prepare(
     valid = torch.nonzero(labels.reshape(-1) != IGNORE).flatten()
 
     def moved(tensor: torch.Tensor) -> torch.Tensor:
-        return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+        return (tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)).long()
 
     return {
         "input_ids": moved(ids),

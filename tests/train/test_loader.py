@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.train.conftest import documents
+from tests.train.conftest import documents, finish
 from train.loader import IGNORE, PackedTokens, TokenLoader, micro_batches, rank_positions
 
 
@@ -44,6 +44,54 @@ def test_the_sequence_of_samples_is_the_same_on_any_number_of_workers(packed: st
     whole = loader.locate(np.arange(10 * 8)).row
     pieces = [loader.locate(rank_positions(step, 8, rank, world)).row for step in range(10) for rank in range(world)]
     assert np.concatenate(pieces).tolist() == whole.tolist()
+
+
+def test_a_run_resumed_at_any_step_on_1_2_or_4_workers_reads_what_the_undisturbed_one_reads(packed: str) -> None:
+    corpora = [PackedTokens(packed), PackedTokens(packed)]
+
+    def loader() -> TokenLoader:
+        return TokenLoader(corpora, [0.9, 0.1], 5, ["tokens", "again"])
+
+    steps, size = range(505, 523), 8  # across a stretch of remembered places
+    whole = loader().mixture.locate(np.arange(steps.start * size, steps.stop * size))
+    expected = list(zip(whole.source.tolist(), whole.row.tolist(), strict=True))
+    for killed, world in ((507, 1), (511, 2), (518, 4)):
+        undisturbed, found = loader(), []
+        for step in range(steps.start, killed):
+            draw = undisturbed.locate(rank_positions(step, size, 0, 1))
+            found += list(zip(draw.source.tolist(), draw.row.tolist(), strict=True))
+        state = undisturbed.state(killed * size, 0)
+        ranks = [loader() for _ in range(world)]
+        for step in range(ranks[0].resume(state) // size, steps.stop):
+            for rank, resumed in enumerate(ranks):
+                draw = resumed.locate(rank_positions(step, size, rank, world))
+                found += list(zip(draw.source.tolist(), draw.row.tolist(), strict=True))
+        assert found == expected
+
+
+def test_five_percent_of_the_tokens_are_five_percent_within_a_thousandth_over_ten_million(
+    tmp_path: Path, make_pack: Callable[..., str]
+) -> None:
+    directories = []
+    for number, (rows, tokens) in enumerate(((9000, (900, 1024)), (700, (40, 1024)))):
+        directory = tmp_path / str(number) / "f"
+        directory.mkdir(parents=True)
+        draw = np.random.default_rng(number)
+        bounds = np.stack([np.zeros(rows, int), draw.integers(*tokens, rows, endpoint=True)], 1)
+        bounds.astype("<i4").tofile(directory / "boundaries.bin")
+        np.arange(0, 2 * rows + 1, 2).astype("<i8").tofile(directory / "boundary_offsets.bin")
+        with open(directory / "tokens.bin", "wb") as stream:
+            stream.truncate(rows * 1024 * 2)
+        index = {"dtype": "uint16", "length": 1024, "sequences": rows, "vocab_size": 500, "eos_token_id": 0}
+        names = {"boundaries": "boundaries.bin", "boundary_offsets": "boundary_offsets.bin"}
+        (directory / "tokens.json").write_text(json.dumps({**index, **names}))
+        directories.append(finish(directory, "pack", {"tokens": "tokens.bin", "index": "tokens.json"}))
+    loader = TokenLoader([PackedTokens(directory) for directory in directories], [0.95, 0.05], 3, ["general", "domain"])
+    positions = np.arange(11_000)
+    tokens, source = loader.valid_tokens(positions), loader.locate(positions).source
+    share = np.cumsum(tokens * (source == 1)) / np.cumsum(tokens)
+    assert np.cumsum(tokens)[-1] > 9_900_000
+    assert abs(share[-1] - 0.05) < 0.001
 
 
 def test_a_batch_that_does_not_divide_among_workers_is_refused() -> None:
