@@ -382,6 +382,21 @@ def run_directory(stage_directory: str) -> str:
     return stage_directory.rstrip("/").rsplit("/", 2)[0]
 
 
+_LINK = "run:"
+
+
+def linked(stage_directory: str, path: str) -> str:
+    """An entry of `files` that stands for what another stage of the run made; nothing is copied."""
+    return _LINK + relative_to_run(stage_directory, path)
+
+
+def output(directory: str, entry: str) -> str:
+    """The path of an entry of a manifest's `files`: below the stage's directory, or what it is linked to."""
+    if entry.startswith(_LINK):
+        return storage.join(run_directory(directory), entry.removeprefix(_LINK))
+    return storage.join(directory, entry)
+
+
 def relative_to_run(stage_directory: str, path: str) -> str:
     """`path` (of a part or a stage) as manifests name it: relative to the run's directory."""
     run = run_directory(stage_directory)

@@ -58,7 +58,7 @@ class StageContext:
         files = shards.load_manifest(directory).files
         if "model" not in files:
             raise SettingsError(f"stage {self.stage}: stage {stage!r} makes no model (it makes {sorted(files)})")
-        return storage.join(directory, files["model"])
+        return shards.output(directory, files["model"])
 
     def follow(self, names: Sequence[str]) -> Iterator[shards.Part | None]:
         """Parts of input stages in order; None where the next one is not committed yet (see shards.follow).

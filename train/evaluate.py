@@ -14,7 +14,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-import torch.nn.functional as F
 from transformers.modeling_utils import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
@@ -23,11 +22,11 @@ from operators import shards
 from operators.ledger import Ledger
 from operators.tokens import hashing, holdout
 from operators.tokens.encode import Encoder
-from train import dpo, finetune, models, samples
+from train import dpo, evaluation_sets, finetune, models, retention, samples
 from train.errors import JobCancelled
-from train.loader import IGNORE
 from train.parallel import Workers
-from train.settings_evaluate import EvaluateJob, NamedModel
+from train.scoring import Row, log_probabilities
+from train.settings_evaluate import EvaluateJob, NamedModel, ScoredSet
 
 ALL = "*"
 """Stands for every language or every source in a row of the perplexity table."""
@@ -35,12 +34,13 @@ ALL = "*"
 SCORES = pa.schema(
     [
         pa.field("model", pa.string(), nullable=False),
-        pa.field("measure", pa.string(), nullable=False),  # perplexity, preference
+        pa.field("measure", pa.string(), nullable=False),  # perplexity, preference, loss (of a set), accuracy (of a set)
         pa.field("id", pa.string(), nullable=False),  # of the document or pair
         pa.field("lang", pa.string(), nullable=False),
         pa.field("source", pa.string(), nullable=False),
         pa.field("tokens", pa.int64(), nullable=False),
-        pa.field("value", pa.float64(), nullable=False),  # summed negative log-likelihood in nats; chosen less rejected
+        pa.field("value", pa.float64(), nullable=False),  # summed negative log-likelihood in nats; chosen less rejected; 1 is right
+        pa.field("set", pa.string(), nullable=False),  # of `sets`, else empty
     ]
 )
 
@@ -56,15 +56,18 @@ class Document:
 
 
 def run(job: EvaluateJob, directory: str, workers: Workers) -> dict[str, Any]:
-    """Returns {"perplexity", "preference_accuracy", "preference_accuracy_vs_reference", "preference_pairs", "samples",
-    "documents", "timings"} and writes one row a score to `directory`/parts.
+    """Returns {"perplexity", "preference_accuracy", "preference_accuracy_vs_reference", "preference_pairs", "sets", "changes",
+    "retention", "samples", "documents", "timings"} and writes one row a score to `directory`/parts.
 
-    Raises JobCancelled, ValueError when nothing is held out or a model's tokenizer cannot chat.
+    Raises JobCancelled, ValueError when nothing is held out or a model's tokenizer cannot chat, evaluation_sets.Overlap
+    before any model is loaded when a set holds rows that were trained on.
     """
     finished = workers.share(samples.read_result(directory) if workers.first else None)
     if finished is not None:
         return finished
     documents, pairs = workers.together(lambda: (_documents(job, workers), _pairs(job, workers)))
+    sets = workers.together(lambda: [(chosen, evaluation_sets.read(chosen, job.seed)) for chosen in job.sets])
+    workers.on_first(lambda: evaluation_sets.refuse_overlap(sets, job.trained_on, job.seed))
     prompts = list(enumerate(job.prompts))[workers.rank :: workers.world]
     scores: list[dict[str, Any]] = []
     replies: dict[int, dict[str, str]] = {}
@@ -76,6 +79,7 @@ def run(job: EvaluateJob, directory: str, workers: Workers) -> dict[str, Any]:
             model.to(workers.device).eval()  # type: ignore[arg-type]
             scores.extend(_document_scores(job, named, model, documents, workers.device))
             scores.extend(_pair_scores(job, named, model, tokenizer, pairs, workers.device))
+            scores.extend(_set_scores(job, named, model, tokenizer, sets, workers))
             for index, prompt in prompts:
                 replies.setdefault(index, {})[named.name] = reply(model, tokenizer, prompt.text, job.max_new_tokens)
 
@@ -87,7 +91,7 @@ def run(job: EvaluateJob, directory: str, workers: Workers) -> dict[str, Any]:
 
     def write() -> dict[str, Any]:
         order = {named.name: number for number, named in enumerate(job.models)}
-        everything.sort(key=lambda row: (order[row["model"]], row["measure"], row["id"]))
+        everything.sort(key=lambda row: (order[row["model"]], row["measure"], row["set"], row["id"]))
         if 0 not in shards.committed_units(directory):
             writer = shards.UnitWriter(directory, 0)
             writer.write(pa.Table.from_pylist(everything, schema=SCORES))
@@ -139,7 +143,51 @@ def summary(job: EvaluateJob, scores: Sequence[dict[str, Any]]) -> dict[str, Any
         "preference_accuracy": accuracy,
         "preference_accuracy_vs_reference": against,
         "preference_pairs": counted,
+        **_sets_summary(job, scores),
     }
+
+
+def _sets_summary(job: EvaluateJob, scores: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """{"sets": a row a model and set, "changes": see retention.changes, "retention": see retention.matrix}; none without sets."""
+    table = []
+    for named in job.models:
+        for chosen in job.sets:
+            rows = [row for row in scores if row["model"] == named.name and row["set"] == chosen.name]
+            tokens = sum(row["tokens"] for row in rows)
+            if not rows:
+                raise ValueError(f"evaluation set {chosen.name!r}: {named.name} could be scored on none of its rows")
+            total = math.fsum(row["value"] for row in rows)
+            value = total / len(rows) if chosen.measure == "accuracy" else total / tokens
+            table.append(
+                {
+                    "model": named.name, "set": chosen.name, "measure": chosen.measure, "rows": len(rows), "tokens": tokens,
+                    "value": round(value, 6),
+                }
+            )  # fmt: skip
+    result: dict[str, Any] = {"sets": table} if table else {}
+    if job.before:
+        result["changes"] = retention.changes(table, job.before)
+    if job.retention:
+        result["retention"] = retention.matrix(table, job.retention)
+    return result
+
+
+def _set_scores(
+    job: EvaluateJob,
+    named: NamedModel,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    sets: Sequence[tuple[ScoredSet, list[evaluation_sets.Item]]],
+    workers: Workers,
+) -> list[dict[str, Any]]:
+    """This worker's share of the rows of SCORES of all named sets."""
+    length = min(job.length, model.config.max_position_embeddings)
+    found = []
+    for chosen, items in sets:
+        mine = items[workers.rank :: workers.world]
+        for row in evaluation_sets.score(chosen, mine, model, tokenizer, length, job.batch_tokens, workers.device):
+            found.append({"model": named.name, "measure": chosen.measure, "source": "", "set": chosen.name, **row})
+    return found
 
 
 def _documents(job: EvaluateJob, workers: Workers) -> list[Document]:
@@ -224,49 +272,16 @@ def _document_scores(
             if len(window) > 1:
                 rows.append(window)
                 owner.append(number)
-    sums = log_probabilities(model, rows, [1] * len(rows), job.batch_tokens, device)
+    sums = log_probabilities(model, [Row(row, np.ones(len(row), bool)) for row in rows], job.batch_tokens, device)
     nats, counts = np.zeros(len(documents)), np.zeros(len(documents), np.int64)
     np.subtract.at(nats, owner, sums)
     np.add.at(counts, owner, [len(row) - 1 for row in rows])
     return [
         {"model": named.name, "measure": "perplexity", "id": document.id, "lang": document.lang, "source": document.source,
-         "tokens": int(counts[number]), "value": round(float(nats[number]), 4)}
+         "tokens": int(counts[number]), "value": round(float(nats[number]), 4), "set": ""}
         for number, document in enumerate(documents)
         if counts[number]
     ]  # fmt: skip
-
-
-@torch.inference_mode()
-def log_probabilities(
-    model: PreTrainedModel, rows: Sequence[np.ndarray], first: Sequence[int], batch_tokens: int, device: torch.device
-) -> np.ndarray:
-    """float64[rows]: the summed log-probability of tokens `first[i]`.. of each row, given those before them.
-
-    Rows are sorted by length and padded on the right; a batch holds at most `batch_tokens` tokens (or one row).
-    """
-    result = np.zeros(len(rows))
-    order = sorted(range(len(rows)), key=lambda index: (len(rows[index]), index))
-    start = 0
-    while start < len(order):
-        stop = start + 1
-        while stop < len(order) and len(rows[order[stop]]) * (stop + 1 - start) <= batch_tokens:
-            stop += 1
-        chosen = order[start:stop]
-        width = len(rows[chosen[-1]])
-        ids = torch.zeros((len(chosen), width), dtype=torch.long)
-        labels = torch.full((len(chosen), width), IGNORE, dtype=torch.long)
-        mask = torch.zeros((len(chosen), width), dtype=torch.long)
-        for place, index in enumerate(chosen):
-            row = torch.from_numpy(np.asarray(rows[index], np.int64))
-            ids[place, : len(row)] = row
-            mask[place, : len(row)] = 1
-            labels[place, first[index] : len(row)] = row[first[index] :]
-        logits = model(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False).logits[:, :-1].float()
-        targets = labels[:, 1:].to(device)
-        losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="none")
-        result[chosen] = -losses.view(targets.shape).double().sum(dim=1).cpu().numpy()
-        start = stop
-    return result
 
 
 def _pairs(job: EvaluateJob, workers: Workers) -> pa.Table | None:
@@ -307,14 +322,15 @@ def _pair_scores(
         for side in replies:
             # A prompt too long for the context loses its beginning, never the reply.
             heads = [prompt[-max(1, length - len(answer)) :] for prompt, answer in zip(prompts, side, strict=True)]
-            rows = [np.array((head + answer)[:length], np.int64) for head, answer in zip(heads, side, strict=True)]
-            sides.append(log_probabilities(model, rows, [len(head) for head in heads], job.batch_tokens, device))
+            whole = [np.array((head + answer)[:length], np.int64) for head, answer in zip(heads, side, strict=True)]
+            rows = [Row(ids, np.arange(len(ids)) >= len(head)) for ids, head in zip(whole, heads, strict=True)]
+            sides.append(log_probabilities(model, rows, job.batch_tokens, device))
         langs = batch["lang"].fill_null("").to_pylist()
         for number, key in enumerate(batch["id"].to_pylist()):
             found.append(
                 {"model": named.name, "measure": "preference", "id": key, "lang": langs[number], "source": "",
                  "tokens": len(replies[0][number]) + len(replies[1][number]),
-                 "value": round(float(sides[0][number] - sides[1][number]), 4)}
+                 "value": round(float(sides[0][number] - sides[1][number]), 4), "set": ""}
             )  # fmt: skip
     return found
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import Field
 
 from operators.config import Settings
@@ -19,6 +21,29 @@ class Prompt(Settings):
 
     text: str = Field(min_length=1, description="What the user says.")
     lang: str = Field(default="", description="Language, for the table.")
+
+
+class ScoredSet(Settings):
+    """A named held-out set: rows of finished stages, or questions with choices in JSON Lines."""
+
+    name: str = Field(description="As tables and bounds name it.")
+    measure: Literal["loss", "accuracy"] = Field(
+        description="`loss`: nats a token, of replies or of documents; `accuracy`: of choices."
+    )
+    inputs: list[str] = Field(default=[], description="Directories of stages with conversations or documents.")
+    choices: list[str] = Field(default=[], description="Files of questions with choices, absolute or URIs.")
+    held_out: float = Field(default=0.0, ge=0, le=1, description="Share of rows that training kept out; 0 scores all.")
+    max_rows: int = Field(default=500, ge=1, description="Rows scored at most, drawn by a hash of their id.")
+    allow_overlap: bool = Field(default=False, description="Score rows that a model was trained on as well.")
+
+
+class TrainedOn(Settings):
+    """Rows that a training stage was given, to be looked for in evaluation sets."""
+
+    stage: str = Field(description="The training stage.")
+    input: str = Field(description="The stage it read.")
+    directory: str = Field(description="That stage's directory.")
+    held_out: float = Field(default=0.0, ge=0, lt=1, description="Share of the rows it did not train on.")
 
 
 class EvaluateSettings(Settings):
@@ -45,3 +70,7 @@ class EvaluateJob(EvaluateSettings):
     pairs: list[str] = Field(default=[], description="Directories of stages with preference pairs.")
     pairs_held_out: float = Field(default=0.0, ge=0, le=1, description="Share of pairs kept out of DPO; 0 scores all.")
     seed: int = Field(default=0, description="With which documents and pairs were held out.")
+    sets: list[ScoredSet] = Field(default=[], description="Named sets that every model is scored on.")
+    trained_on: list[TrainedOn] = Field(default=[], description="What the models were trained on: no set may hold any of it.")
+    before: dict[str, str] = Field(default={}, description="Model -> the model it was before.")
+    retention: dict[str, str] = Field(default={}, description="Models of a chain, in order -> the set each was to learn.")

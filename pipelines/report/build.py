@@ -153,6 +153,9 @@ def _functions() -> dict[str, Any]:
         "model_legend": lambda names: [(evaluation.style(index), name) for index, name in enumerate(names)],
         "style": evaluation.style,
         "samples": evaluation.samples,
+        "set_table": evaluation.set_table,
+        "set_changes": evaluation.set_changes,
+        "retention": evaluation.retention,
     }
 
 

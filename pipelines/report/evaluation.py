@@ -44,6 +44,7 @@ def models(stage: StageView) -> list[str]:
     """Models in the order of the recipe's `models`, else as they appear."""
     seen = list(dict.fromkeys(str(entry.get("model")) for entry in _entries(stage)))
     seen += [name for name in stage.stats.get("preference_accuracy", {}) if name not in seen]
+    seen += [name for name in dict.fromkeys(str(row.get("model")) for row in _rows(stage, "sets")) if name not in seen]
     for sample in _samples(stage):
         seen += [name for name in sample.get("replies", {}) if name not in seen]
     asked = stage.manifest.config.get("models") if stage.manifest is not None else None
@@ -117,3 +118,47 @@ def samples(stage: StageView) -> list[dict[str, Any]]:
         }
         for entry in _samples(stage)
     ]
+
+
+def _rows(stage: StageView, key: str) -> list[dict[str, Any]]:
+    return [entry for entry in stage.stats.get(key, []) if isinstance(entry, dict)]
+
+
+@dataclass(frozen=True)
+class SetRow:
+    """A named set: one value a model, in the order of `models`."""
+
+    name: str
+    measure: str
+    rows: int | None
+    values: list[float | None]
+
+
+def set_table(stage: StageView) -> list[SetRow]:
+    """Scores on named sets."""
+    names = models(stage)
+    table: dict[str, dict[str, dict[str, Any]]] = {}
+    for entry in _rows(stage, "sets"):
+        table.setdefault(str(entry.get("set")), {})[str(entry.get("model"))] = entry
+    found = []
+    for name, entries in table.items():
+        first = next(iter(entries.values()))
+        values = [entries.get(model, {}).get("value") for model in names]
+        found.append(SetRow(name, str(first.get("measure")), first.get("rows"), values))
+    return found
+
+
+def set_changes(stage: StageView) -> list[dict[str, Any]]:
+    """What was gained and lost, each row with the depth of its colour (below 0 is better)."""
+    found = []
+    for row in _rows(stage, "changes"):
+        lost = row.get("lost")
+        size = sum(abs(lost) >= step for step in _STEPS) if isinstance(lost, int | float) else 0
+        found.append({**row, "depth": size if size and lost is not None and lost > 0 else -size})
+    return found
+
+
+def retention(stage: StageView) -> dict[str, Any] | None:
+    """The matrix over a chain of fine-tunes, if the stage made one."""
+    value = stage.stats.get("retention")
+    return value if isinstance(value, dict) else None

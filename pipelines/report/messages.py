@@ -159,6 +159,7 @@ MESSAGES: dict[str, tuple[str, str]] = {
     "kind.merge": ("merge", "合并适配器"),
     "kind.reviewed": ("reviewed", "人工评审"),
     "kind.evaluate": ("evaluate", "评测"),
+    "kind.promote": ("promote", "放行"),
     # lineage
     "lineage.rows": ("{n} row|{n} rows", "{n} 行"),
     "lineage.steps": ("{n} step|{n} steps", "{n} 步"),
@@ -341,6 +342,32 @@ MESSAGES: dict[str, tuple[str, str]] = {
     "evaluation.preference_note": (
         "How often a model finds the chosen reply more likely than the rejected one. The mark is chance, 50%.",
         "模型认为选用回复比落选回复更可能的比例。刻度为随机水平 50%。",
+    ),
+    "evaluation.sets": ("Scores on named sets", "各评测集得分"),
+    "evaluation.sets_note": (
+        "Accuracy of choices: higher is better. Loss in nats a token: lower is better.",
+        "选择题为准确率，越高越好；其余为每词元损失（奈特），越低越好。",
+    ),
+    "evaluation.set": ("Set", "评测集"),
+    "evaluation.measure": ("Measure", "指标"),
+    "evaluation.loss": ("loss", "损失"),
+    "evaluation.accuracy": ("accuracy", "准确率"),
+    "evaluation.rows": ("Rows", "行数"),
+    "evaluation.changes": ("Gained and lost", "得与失"),
+    "evaluation.changes_note": (
+        "Kept: accuracy after over before, or perplexity before over after. Below 100% something was lost.",
+        "保留率：训练后与训练前准确率之比，或训练前与训练后困惑度之比；低于 100% 即有所遗忘。",
+    ),
+    "evaluation.model": ("Model", "模型"),
+    "evaluation.before": ("Before", "训练前"),
+    "evaluation.after": ("After", "训练后"),
+    "evaluation.kept": ("Kept", "保留率"),
+    "evaluation.retention": ("Retention over a chain of fine-tunes", "连续微调的保留矩阵"),
+    "evaluation.retention_note": (
+        "Rows: after each fine-tune; columns: each task. Accuracy, or minus nats a token: higher is better. Backward transfer "
+        "{transfer}, average forgetting {forgetting} (Lopez-Paz & Ranzato 2017; Chaudhry et al. 2018).",
+        "行：每次微调之后；列：各任务。准确率或负的每词元损失，越高越好。后向迁移 {transfer}，平均遗忘 {forgetting}"
+        "（Lopez-Paz 与 Ranzato 2017；Chaudhry 等 2018）。",
     ),
     "evaluation.samples": ("Replies side by side", "回复对照"),
     "evaluation.no_reply": ("no reply", "无回复"),

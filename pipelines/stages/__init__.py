@@ -37,6 +37,7 @@ STAGES: dict[str, str] = {
     "merge": "pipelines.stages.alignment:MergeStage",
     "reviewed": "pipelines.stages.reviewed:ReviewedStage",
     "evaluate": "pipelines.stages.evaluation:EvaluateStage",
+    "promote": "pipelines.stages.promotion:PromoteStage",
 }
 
 

@@ -95,4 +95,4 @@ def adapter_path(context: StageContext, name: str) -> str:
     files = shards.load_manifest(directory).files
     if "adapter" not in files:
         raise SettingsError(f"stage {context.stage}: stage {name!r} trains no adapter (it makes {sorted(files)}); set its `lora`")
-    return storage.join(directory, files["adapter"])
+    return shards.output(directory, files["adapter"])

@@ -2,14 +2,49 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
+from cluster import storage
 from operators import shards
+from operators.config import Settings
 from operators.stage import Stage, StageContext
 from pipelines.stages.training import is_external, limited, model_path, paths, run_job
 from train.settings_evaluate import EvaluateSettings
+
+_TRAINS = frozenset({"pretrain", "sft", "dpo", "kto", "reward", "grpo"})
+
+
+class SetSettings(Settings):
+    """A named set that models are scored on: rows of stages, or files of questions with choices."""
+
+    input: str | list[str] | None = Field(
+        default=None, description="Stages with conversations (scored on what the assistant says) or documents."
+    )
+    choices: str | list[str] | None = Field(
+        default=None,
+        description="Files in JSON Lines instead, one object a question: `question`, `choices`, `answer` (one of them, its letter "
+        "or its index from 0). Scored by accuracy, the likeliest choice a byte being the reply.",
+    )
+    held_out: float = Field(
+        default=0.0,
+        ge=0,
+        le=1,
+        description="Score the share of rows that training kept out under the same `held_out`; 0: all.",
+    )
+    max_rows: int = Field(default=500, ge=1, description="Rows scored at most, drawn by a hash of their id.")
+    allow_overlap: bool = Field(
+        default=False, description="Score rows that a model was trained on as well, which shows what it remembers, not what it can."
+    )
+
+    @model_validator(mode="after")
+    def _one_source(self) -> SetSettings:
+        if (self.input is None) == (self.choices is None):
+            raise ValueError("give exactly one of `input` and `choices`")
+        if self.choices is not None and self.held_out:
+            raise ValueError("`held_out` belongs to `input`: files of choices are scored whole")
+        return self
 
 
 def listed(value: str | list[str] | None) -> list[str]:
@@ -20,7 +55,7 @@ def listed(value: str | list[str] | None) -> list[str]:
 class EvaluateStage(EvaluateSettings, Stage):
     """Compares models: held-out perplexity by language and source, preference accuracy, replies side by side."""
 
-    version: ClassVar[int] = 2  # pairs are rendered by a tokenizer's own chat template
+    version: ClassVar[int] = 3  # named sets
     resource: ClassVar[str] = "train"
 
     kind: Literal["evaluate"] = "evaluate"
@@ -37,8 +72,33 @@ class EvaluateStage(EvaluateSettings, Stage):
         description="Share of pairs to score. Default: what DPO stages among `models` kept out, or all.",
     )
 
+    sets: dict[str, SetSettings] = Field(
+        default={}, description="Named sets, e.g. `general` and `domain`, that every model is scored on; none may be trained on."
+    )
+    before: str | dict[str, str] | None = Field(
+        default=None,
+        description="One of `models` with which all others are compared, or for each model the one it was made from: what was "
+        "gained and lost on `sets`.",
+    )
+    retention: dict[str, str] = Field(
+        default={},
+        description="For a chain of fine-tunes: models in the order they were trained, each with the set it was to learn. Gives "
+        "the matrix of scores, average forgetting and backward transfer.",
+    )
+
     @model_validator(mode="after")
     def _consistent(self) -> EvaluateStage:
+        pairs = self.pairs_before()
+        unknown = [name for name in [*pairs, *pairs.values(), *self.retention] if name not in self.models]
+        if unknown:
+            raise ValueError(f"`before` and `retention` name {unknown[0]!r}, which is not one of `models`")
+        if any(after == earlier for after, earlier in pairs.items()):
+            raise ValueError("`before` compares a model with itself")
+        lacking = [name for name in self.retention.values() if name not in self.sets]
+        if lacking:
+            raise ValueError(f"`retention` names {lacking[0]!r}, which is not one of `sets` ({sorted(self.sets)})")
+        if pairs and not self.sets:
+            raise ValueError("`before` needs `sets`: what models are compared on")
         if len(set(self.models)) != len(self.models):
             raise ValueError("`models` names one twice")
         if self.reference is not None and self.reference not in self.models:
@@ -49,13 +109,20 @@ class EvaluateStage(EvaluateSettings, Stage):
             raise ValueError("`packed` needs `input`: the stages whose documents it packed")
         return self
 
+    def pairs_before(self) -> dict[str, str]:
+        """Model -> the model it was before."""
+        if isinstance(self.before, str):
+            return {name: self.before for name in self.models if name != self.before}
+        return dict(self.before or {})
+
     def input_names(self) -> list[str]:
         names = [*(name for name in self.models if not is_external(name)), *listed(self.pairs)]
+        names += [name for chosen in self.sets.values() for name in listed(chosen.input)]
         names += [*([self.packed] if self.packed else []), *listed(self.input)]
         return list(dict.fromkeys(names))
 
     def files(self) -> list[str]:
-        return paths(self.models)
+        return [*paths(self.models), *(path for chosen in self.sets.values() for path in listed(chosen.choices))]
 
     def run(self, context: StageContext) -> None:
         held_out = 0.0
@@ -73,9 +140,25 @@ class EvaluateStage(EvaluateSettings, Stage):
             "pairs": [context.inputs[name] for name in listed(self.pairs)],
             "pairs_held_out": self._pairs_share(context),
             "seed": context.seed,
+            "sets": [self._scored(context, name, chosen) for name, chosen in self.sets.items()],
+            "trained_on": trained_on(context, self.models) if self.sets else [],
+            "before": self.pairs_before(),
+            "retention": self.retention,
         }
         result = run_job(context, "evaluate", config)
         context.finish(stats={key: value for key, value in result.items() if key != "timings"}, timings=result["timings"])
+
+    def _scored(self, context: StageContext, name: str, chosen: SetSettings) -> dict[str, Any]:
+        """A set as the job is told it."""
+        return {
+            "name": name,
+            "measure": "accuracy" if chosen.choices is not None else "loss",
+            "inputs": [context.inputs[stage] for stage in listed(chosen.input)],
+            "choices": [context.path(path) for path in listed(chosen.choices)],
+            "held_out": chosen.held_out,
+            "max_rows": limited(chosen.max_rows, context.limit),
+            "allow_overlap": chosen.allow_overlap,
+        }
 
     def _pairs_share(self, context: StageContext) -> float:
         if self.pairs_held_out is not None:
@@ -87,3 +170,37 @@ class EvaluateStage(EvaluateSettings, Stage):
                 f"stage {context.stage}: its DPO stages kept out different shares of pairs ({sorted(shares)}); set `pairs_held_out`"
             )
         return shares.pop() if shares else 0.0
+
+
+def trained_on(context: StageContext, models: list[str]) -> list[dict[str, Any]]:
+    """What the models, and those they were made from, were trained on, by the manifests of this run: rows of
+    conversations, pairs apart, and the documents of packs. Of models from outside the run nothing is known."""
+    run = shards.run_directory(context.directory)
+    waiting = [(name, context.inputs[name]) for name in models if not is_external(name)]
+    seen: set[str] = set()
+    found: dict[tuple[str, str], dict[str, Any]] = {}
+    while waiting:
+        stage, directory = waiting.pop()
+        if directory in seen:
+            continue
+        seen.add(directory)
+        manifest = shards.load_manifest(directory)
+        inputs = {name: storage.join(run, path) for name, path in manifest.inputs.items()}
+        for name, path in inputs.items():
+            made = shards.load_manifest(path)
+            if made.kind == "pack":
+                share = float(made.config.get("holdout", 0.0))
+                sources = {key: storage.join(run, inner) for key, inner in made.inputs.items()}
+                rows = [(key, inner, share) for key, inner in sources.items()]
+            elif "model" in made.files:
+                waiting.append((name, path))
+                continue
+            elif manifest.kind not in _TRAINS:
+                continue
+            else:
+                rows = [(name, path, float(manifest.config.get("held_out") or 0.0))]
+            for key, source, held in rows:
+                columns = {column for column, _ in shards.load_manifest(source).schema}
+                if "id" in columns and columns & {"text", "messages"}:
+                    found[stage, key] = {"stage": stage, "input": key, "directory": source, "held_out": held}
+    return [found[key] for key in sorted(found)]
