@@ -12,7 +12,7 @@ import shlex
 import signal
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 from rich.console import Console
 
@@ -61,6 +61,11 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument("recipe", metavar="RECIPE", help="path of a recipe (YAML)")
     check.add_argument("--runs", default="runs", metavar="DIR", help="folder or URI that holds the runs (default: runs)")
     check.add_argument("--limit", type=_positive, metavar="N", help="check for a trial run with this limit")
+    check.add_argument("--workers", type=_positive, default=2, metavar="N", help="workers of a stage (default: 2)")
+    check.add_argument("--train-workers", type=_positive, metavar="N", help="workers of a training stage (default: --workers)")
+    check.add_argument("--lang", choices=["en", "zh"], help="language of the findings (default: the locale's)")
+    check.add_argument("--json", action="store_true", help="print the findings alone, as JSON")
+    check.add_argument("--strict", action="store_true", help="exit code 1 when there is a finding")
     check.set_defaults(run=_check)
 
     ops = commands.add_parser("ops", help="list operators and stages, or explain one", description=_ops.__doc__)
@@ -226,8 +231,12 @@ def _run(parsed: argparse.Namespace) -> int:
 
 
 def _check(parsed: argparse.Namespace) -> int:
-    """Check a recipe: keys, operators, inputs, files, the graph; then warn of known causes of bad models."""
-    from pipelines.check import lint
+    """Check a recipe: keys, operators, inputs, files, the graph; then look for the known causes of a model made worse, in the
+    settings and in what finished stages have left. Findings are warnings; with --strict their number decides the exit code."""
+    import json
+
+    from pipelines.checks import rules
+    from pipelines.checks.evidence import Evidence
     from pipelines.graph import plan
     from pipelines.recipe import load_recipe
     from pipelines.runner import preflight
@@ -236,14 +245,23 @@ def _check(parsed: argparse.Namespace) -> int:
     nodes = plan(recipe, storage.join(storage.absolute(parsed.runs, os.getcwd()), recipe.name), os.getcwd(), parsed.limit)
     for node in nodes:
         preflight(node, os.getcwd())
+    workers = parsed.train_workers or parsed.workers
+    findings = rules.run(Evidence(recipe, {node.name: node for node in nodes}, os.getcwd(), workers))
+    locale = os.environ.get("LC_ALL") or os.environ.get("LANG", "")
+    language: Literal["en", "zh"] = parsed.lang or ("zh" if locale.startswith("zh") else "en")
+        "zh" if os.environ.get("LC_ALL", os.environ.get("LANG", "")).startswith("zh") else "en"
+    )
+    if parsed.json:
+        print(json.dumps([finding.as_json(language) for finding in findings], ensure_ascii=False, indent=1))
+        return 1 if parsed.strict and findings else 0
+    for node in nodes:
         done = "done" if storage.exists(storage.join(node.directory, "manifest.json")) else "to do"
         inputs = f" <- {', '.join(node.inputs)}" if node.inputs else ""
         _OUT.print(f"{node.name:<16} {node.stage.kind:<18} {node.fingerprint}  {done}{inputs}", markup=False)
-    warnings = lint(recipe)
-    for warning in warnings:
-        _OUT.print(f"warning: {warning}", markup=False)
-    _OUT.print(f"{parsed.recipe}: {len(nodes)} stages, no errors, {len(warnings)} warnings", markup=False)
-    return 0
+    for finding in findings:
+        _OUT.print(f"warning: {finding.line(language)}", markup=False)
+    _OUT.print(f"{parsed.recipe}: {len(nodes)} stages, no errors, {len(findings)} warnings", markup=False)
+    return 1 if parsed.strict and findings else 0
 
 
 def _ops(parsed: argparse.Namespace) -> int:
