@@ -249,8 +249,6 @@ def _check(parsed: argparse.Namespace) -> int:
     findings = rules.run(Evidence(recipe, {node.name: node for node in nodes}, os.getcwd(), workers))
     locale = os.environ.get("LC_ALL") or os.environ.get("LANG", "")
     language: Literal["en", "zh"] = parsed.lang or ("zh" if locale.startswith("zh") else "en")
-        "zh" if os.environ.get("LC_ALL", os.environ.get("LANG", "")).startswith("zh") else "en"
-    )
     if parsed.json:
         print(json.dumps([finding.as_json(language) for finding in findings], ensure_ascii=False, indent=1))
         return 1 if parsed.strict and findings else 0
