@@ -8,6 +8,7 @@ that was killed goes on as if nothing had happened. Replies with their rewards a
 from __future__ import annotations
 
 import io
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -23,7 +24,6 @@ from torch.distributed.fsdp import register_fsdp_forward_method
 from torch.utils.data import Sampler
 from transformers import GenerationConfig, TrainerControl, TrainerState, TrainingArguments
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
-from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 from trl.models.utils import unwrap_model_for_generation
 from trl.trainer.utils import add_fused_lm_head, split_tensor_dict
 
@@ -39,6 +39,11 @@ from train.parallel import Workers
 from train.rendering import encoded, rendered
 from train.settings_alignment import GrpoJob, RewardModelCheck
 from train.settings_finetune import FinetuneJob
+
+with warnings.catch_warnings():
+    # TRL names the versions of vLLM that it was tried with; those who draw replies by vLLM read of that in docs/alignment.md.
+    warnings.filterwarnings("ignore", message="TRL currently supports vLLM versions")
+    from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
 _ENCODED = pa.schema(
     [
@@ -110,6 +115,7 @@ class _Rollouts(PlannedTrainer):
     mixture: Mixture
     examples: Prompts
     scorers: dict[str, verify.Function]
+    follow: Follow
     directory: str
 
     def attend(self, reference: Any) -> None:
@@ -267,8 +273,15 @@ class _Rollouts(PlannedTrainer):
             yield pq.read_table(io.BytesIO(content))
 
     def finale(self) -> dict[str, Any]:
-        summary = self.workers.on_first(self.summary)
-        return dict(self.workers.share(summary))
+        summary = dict(self.workers.share(self.workers.on_first(self.summary)))
+        steps, seconds = len(self.follow.curve) or 1, self.follow.seconds
+        summary["timings"] = {
+            "step_seconds": seconds,
+            "tokens_per_second": summary["tokens"] * (steps / self.job.planned_steps) / seconds if seconds else 0.0,
+            "workers": self.workers.world,
+            "device": self.workers.device.type,
+        }
+        return summary
 
     def summary(self) -> dict[str, Any]:
         """What became of the rewards from the first rounds to the last, over all replies on file."""
@@ -439,7 +452,7 @@ def _train(job: GrpoJob, directory: str, root: str, workers: Workers) -> dict[st
         callbacks=[follow],
         peft_config=lora.adapter_config(job.lora),
     )
-    trainer.job, trainer.workers, trainer.directory = job, workers, directory
+    trainer.job, trainer.workers, trainer.follow, trainer.directory = job, workers, follow, directory
     trainer.mixture, trainer.examples, trainer.scorers = mixture, examples, scorers
     trainer.attend(reference)
     return finetune.complete(trainer, follow, job, examples, mixture, generation, directory, root, workers)

@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 from peft import LoraConfig
+from torch.distributed.fsdp import FSDPModule
 from transformers import AutoConfig, AutoModelForSequenceClassification, GenerationConfig
 from transformers.modeling_utils import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
@@ -74,6 +75,8 @@ class _Trainer(PlannedTrainer, RewardTrainer):  # type: ignore[misc]
                 if index < len(batches):
                     found[torch.tensor(batch, device=self.args.device)] = logits[:, 0].double()
         model.train()
+        if isinstance(model, FSDPModule):
+            model.reshard()  # the root stays whole after a forward pass that no backward pass follows
         return self.workers.sum(found).cpu().numpy()
 
 
