@@ -26,7 +26,8 @@ def arrange(lengths: np.ndarray, world: int, rows_per_pass: int | None, pack_to:
     """[worker][pass][row] -> indices into `lengths` (int64[examples]).
 
     With `pack_to`, rows hold several examples, placed best-fit (operators.tokens.layout) into so many tokens, else one. Rows
-    are dealt out from the longest, so that passes hold rows of like lengths and workers equal amounts. Every worker gets
+    are dealt out from the longest, so that passes hold rows of like lengths and workers equal amounts; without `rows_per_pass`
+    there are as few passes as keep the lengths in each within a factor of two. Every worker gets
     as many passes of as many rows as any other, which collectives inside a forward pass rely on; the last may be empty.
     Raises ValueError for an example longer than `pack_to`.
     """
@@ -40,13 +41,22 @@ def arrange(lengths: np.ndarray, world: int, rows_per_pass: int | None, pack_to:
     filled = np.array([counts[row].sum() for row in rows], np.int64)
     order = np.argsort(-filled, kind="stable").tolist()
     each = -(-len(rows) // world)
-    size = rows_per_pass or max(1, each)
+    starts = list(range(0, each, rows_per_pass)) if rows_per_pass is not None else _alike(filled[order][::world])
     result = []
     for worker in range(world):
         mine = [rows[index] for index in order[worker::world]]
         mine += [[]] * (each - len(mine))
-        result.append([mine[start : start + size] for start in range(0, each, size)])
+        result.append([mine[start:end] for start, end in zip(starts, [*starts[1:], each], strict=True)])
     return result
+
+
+def _alike(lengths: np.ndarray) -> list[int]:
+    """Where passes begin among rows of falling length, if the longest row of each is to be at most twice the shortest."""
+    starts: list[int] = []
+    for row, length in enumerate(lengths.tolist()):
+        if not starts or 2 * length < lengths[starts[-1]]:
+            starts.append(row)
+    return starts
 
 
 class TokenRows:

@@ -48,7 +48,11 @@ class FinetuneSettings(OptimizerSettings):
         description="What the weights of inputs are shares of: examples, or tokens with loss (longer examples count more).",
     )
     batch_examples: int = Field(default=8, ge=1, description="Examples of one step over all workers, who must divide it.")
-    micro_batch_examples: int | None = Field(default=None, ge=1, description="Examples of one forward pass on one worker.")
+    micro_batch_examples: int | None = Field(
+        default=None,
+        ge=1,
+        description="Examples of one forward pass on one worker. Default: all of its share; in SFT those of like length.",
+    )
     max_length: int = Field(
         default=512, ge=8, description="Tokens an example is cut to; one without a token with loss left is set aside and counted."
     )

@@ -210,7 +210,7 @@ def test_a_penalty_adds_its_gradient_once_a_step_and_joins_the_curve(
 
 
 def test_training_stops_when_held_out_examples_get_worse_and_the_best_weights_are_exported(
-    small_model: str, tmp_path: Path
+    small_model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     draw = np.random.default_rng(3)
     rows = conversations(30)
@@ -253,6 +253,20 @@ def test_training_stops_when_held_out_examples_get_worse_and_the_best_weights_ar
     assert [point["step"] for point in resumed["curve"]] == [point["step"] for point in result["curve"]]
     assert losses(resumed) == pytest.approx(losses(result), abs=1e-5)
     assert resumed["best"]["step"] == best
+
+    def full_disk(*_: Any) -> None:
+        raise OSError("no space left")
+
+    every = told.model_copy(update={"checkpoint_every": 1})
+    with monkeypatch.context() as patched:
+        patched.setattr(finetune, "export", full_disk)
+        with pytest.raises(OSError, match="no space left"):
+            sft.run(every, str(tmp_path / "unwritten"), Workers())
+    told_steps: list[int] = []
+    finished = sft.run(every, str(tmp_path / "unwritten"), Workers(report=lambda done, *_: bool(told_steps.append(done))))
+    assert told_steps == [result["steps"]]  # the plan, and no step more
+    assert losses(finished) == losses(result)
+    assert finished["stopped_early"]
 
 
 # refusals
