@@ -323,6 +323,7 @@ def on_two(plan: list[tuple[str, Any, str]], scratch: Path) -> list[dict[str, An
     return [json.loads((scratch / f"{number}.json").read_text()) for number in range(len(plan))]
 
 
+@pytest.mark.slow
 def test_two_workers_find_the_same_diagonal_and_the_same_penalties(
     small_model: str, packed: str, chats: str, corpus: str, diagonal: str, tmp_path: Path
 ) -> None:
