@@ -138,14 +138,15 @@ def corpus(lang: str, *prefixes: str) -> list[str]:
 
 
 def tasks() -> list[dict[str, Any]]:
-    """Self-Instruct's seed tasks (Apache-2.0)."""
+    """Self-Instruct's seed tasks (Apache-2.0), those of which prompt and a reply fit."""
     with open(PACK / "instruct" / "seed_tasks_en.jsonl", encoding="utf-8") as stream:
         rows = [json.loads(line) for line in stream]
     found = []
     for row in rows:
         case = row["instances"][0]
         question = row["instruction"] + ("\n\n" + case["input"] if case["input"] else "")
-        found.append(conversation(row["id"], question, case["output"]))
+        if len(question) <= 300 and len(case["output"]) >= 60:
+            found.append(conversation(row["id"], question, case["output"]))
     return found
 
 
