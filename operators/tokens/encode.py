@@ -132,6 +132,15 @@ class Encoder:
         self._flush(batch, rows, pieces, counts)
         return (np.concatenate(pieces) if pieces else np.zeros(0, np.uint32)), counts
 
+    def words(self, texts: pa.Array) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """(uint32[tokens], bool[tokens]: the token begins a word of the pre-tokenizer) of each text; empty ones are left out."""
+        for text in texts.to_pylist():
+            for piece in cut(text or "", _CHUNK_CHARACTERS):
+                encoding = self._tokenizer.encode(piece, add_special_tokens=False)
+                if encoding.ids:
+                    word = np.array(encoding.word_ids, np.int64)
+                    yield np.array(encoding.ids, np.uint32), np.diff(word, prepend=-1) != 0
+
     def _flush(self, batch: list[str], rows: list[int], pieces: list[np.ndarray], counts: np.ndarray) -> None:
         for row, encoding in zip(rows, self._tokenizer.encode_batch_fast(batch, add_special_tokens=False), strict=True):
             ids = np.array(encoding.ids, np.uint32)

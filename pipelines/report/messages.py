@@ -140,6 +140,7 @@ MESSAGES: dict[str, tuple[str, str]] = {
     "kind.select": ("select", "筛选"),
     "kind.mix": ("mix", "混合"),
     "kind.tokenizer": ("tokenizer", "分词器"),
+    "kind.extend_tokenizer": ("extended tokenizer", "扩充分词器"),
     "kind.pack": ("pack", "打包"),
     "kind.generate": ("generate", "生成"),
     "kind.self_instruct": ("self-instruct", "自我指令"),

@@ -17,6 +17,7 @@ STAGES: dict[str, str] = {
     "substring_dedup": "pipelines.stages.cutting:SubstringDedupStage",
     "semantic_dedup": "pipelines.stages.semantic:SemanticDedupStage",
     "tokenizer": "pipelines.stages.tokens:TokenizerStage",
+    "extend_tokenizer": "pipelines.stages.tokens:ExtendTokenizerStage",
     "pack": "pipelines.stages.tokens:PackStage",
     "conversations": "pipelines.stages.conversations:ConversationsStage",
     "generate": "pipelines.stages.generate:GenerateStage",

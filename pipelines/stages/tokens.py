@@ -6,10 +6,12 @@ from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
+from cluster import storage
 from operators.stage import Stage, StageContext
 from operators.synthesis.packaged import PREFIX, resolve_model
 from operators.tokens.bpe import LEAST_VOCABULARY, train_stage
 from operators.tokens.encode import TokenizerFiles
+from operators.tokens.extension import extend_stage
 from operators.tokens.pack import pack_stage
 
 
@@ -47,6 +49,65 @@ class TokenizerStage(Stage):
         )
 
 
+class ExtendTokenizerStage(Stage):
+    """Adds tokens for a domain to a byte-level BPE tokenizer; ids that exist keep their meaning, and no text gets longer."""
+
+    kind: Literal["extend_tokenizer"] = "extend_tokenizer"
+    input: str | list[str] = Field(description="The stages whose kept documents are of the domain.")
+    tokenizer: str | None = Field(None, description="The tokenizer stage to extend.")
+    tokenizer_path: str | None = Field(
+        None, description="Instead of a stage: a directory that holds tokenizer.json, or `packaged:NAME`."
+    )
+    general: str | list[str] | None = Field(None, description="Stages of general text, on which what changed is measured as well.")
+    tokens: int = Field(1000, ge=1, le=1 << 18, description="Tokens to add at most.")
+    words: str | None = Field(
+        None, description="A UTF-8 file with a word a line, most wanted first: add these instead of what is frequent in the input."
+    )
+    sample_bytes: int = Field(64 << 20, ge=1 << 10, description="Learn from and measure on about this many bytes of UTF-8 text.")
+    document_characters: int = Field(1 << 18, ge=1, description="Use at most this many characters at the start of one document.")
+    min_frequency: int = Field(16, ge=2, description="Add only pairs of tokens seen at least this often in the sample.")
+    max_token_bytes: int = Field(24, ge=2, description="No new token is longer.")
+
+    @model_validator(mode="after")
+    def _one_tokenizer(self) -> ExtendTokenizerStage:
+        if (self.tokenizer is None) == (self.tokenizer_path is None):
+            raise ValueError("name either `tokenizer` (a stage) or `tokenizer_path` (a directory)")
+        return self
+
+    def input_names(self) -> list[str]:
+        return [*_names(self.input), *_names(self.general or []), *([self.tokenizer] if self.tokenizer else [])]
+
+    def files(self) -> list[str]:
+        path = self.tokenizer_path
+        return [*([path] if path and not path.startswith(PREFIX) else []), *([self.words] if self.words else [])]
+
+    def run(self, context: StageContext) -> None:
+        words = None
+        if self.words:
+            lines = storage.read_bytes(context.path(self.words)).decode("utf-8").splitlines()
+            words = [line.strip() for line in lines if line.strip()]
+        extend_stage(
+            context,
+            [context.inputs[name] for name in _names(self.input)],
+            TokenizerFiles.load(_tokenizer_place(context, self.tokenizer, self.tokenizer_path)),
+            general=[context.inputs[name] for name in _names(self.general or [])],
+            words=words,
+            tokens=self.tokens,
+            sample_bytes=self.sample_bytes,
+            document_characters=self.document_characters,
+            min_frequency=self.min_frequency,
+            max_token_bytes=self.max_token_bytes,
+        )
+
+
+def _tokenizer_place(context: StageContext, stage: str | None, path: str | None) -> str:
+    """The directory of a tokenizer that a recipe names by stage or path."""
+    if stage:
+        return context.inputs[stage]
+    assert path is not None
+    return resolve_model(path, context.cache_directory) if path.startswith(PREFIX) else context.path(path)
+
+
 class PackStage(Stage):
     """Encodes documents and packs them into sequences of one length, with a flat twin that training maps into memory."""
 
@@ -80,15 +141,10 @@ class PackStage(Stage):
         return [self.tokenizer_path] if self.tokenizer_path and not self.tokenizer_path.startswith(PREFIX) else []
 
     def run(self, context: StageContext) -> None:
-        path = self.tokenizer_path or ""
-        if self.tokenizer:
-            place = context.inputs[self.tokenizer]
-        else:
-            place = resolve_model(path, context.cache_directory) if path.startswith(PREFIX) else context.path(path)
         pack_stage(
             context,
             [context.inputs[name] for name in _names(self.input)],
-            TokenizerFiles.load(place),
+            TokenizerFiles.load(_tokenizer_place(context, self.tokenizer, self.tokenizer_path)),
             length=self.length,
             holdout=self.holdout,
             method=self.method,

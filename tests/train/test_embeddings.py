@@ -1,0 +1,56 @@
+"""A model takes the ids of an extended tokenizer: old logits stay, new rows are the means of the old pieces."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+
+from operators.tokens import extend
+from operators.tokens.encode import Encoder
+from tests.train.conftest import SHAPE, documents
+from train import embeddings, models
+from train.settings import ModelShape
+
+
+@pytest.fixture(scope="module")
+def tokenizers(bpe: Path) -> tuple[bytes, bytes]:
+    old = bpe.read_bytes()
+    texts = pa.array([row["text"] for row in documents(60)], pa.large_string())
+    merges = extend.learn(Encoder(old), json.loads(old), [texts], 20, min_frequency=2, max_token_bytes=40)
+    return old, json.dumps(extend.extended(json.loads(old), merges)).encode()
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_old_logits_stay_and_new_rows_are_means_of_the_old_pieces(tokenizers: tuple[bytes, bytes], tied: bool) -> None:
+    old, new = tokenizers
+    before = Encoder(old)
+    shape = ModelShape(**SHAPE, tie_embeddings=tied)
+    model = models.create(models.configuration(shape, before.vocab_size, 32, 0, 1), 3).eval()
+    ids = torch.from_numpy(before.encode(pa.array(["The furnace 丹炉"]))[0].astype(np.int64))[None]
+    with torch.no_grad():
+        expected = model(input_ids=ids).logits
+        assert embeddings.extend(model, old, new) == Encoder(new).vocab_size - before.vocab_size > 0
+        found = model(input_ids=ids).logits
+    assert model.config.vocab_size == Encoder(new).vocab_size
+    torch.testing.assert_close(found[..., : before.vocab_size], expected, rtol=0, atol=1e-6)
+    weight = model.get_output_embeddings().weight
+    for token, parts in embeddings.pieces(old, new).items():
+        assert len(parts) > 1
+        torch.testing.assert_close(weight[token], weight[parts].mean(0))
+        names = json.loads(new)["model"]["vocab"]
+        by_id = {number: name for name, number in names.items()}
+        assert "".join(by_id[part] for part in parts) == by_id[token]
+
+
+def test_a_tokenizer_that_is_no_extension_is_refused(tokenizers: tuple[bytes, bytes]) -> None:
+    _, new = tokenizers
+    other = json.loads(new)
+    a, b = list(other["model"]["vocab"])[-2:]
+    other["model"]["vocab"][a], other["model"]["vocab"][b] = other["model"]["vocab"][b], other["model"]["vocab"][a]
+    with pytest.raises(ValueError, match="no extension of the model's own: id"):
+        embeddings.pieces(json.dumps(other).encode(), new)
