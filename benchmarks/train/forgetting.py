@@ -59,8 +59,8 @@ class Plan:
     rate: float = 3e-4
     lora_rate: float = 2e-3
     low_rate: float = 1e-4
-    strength: float = 0.02
-    lora_strength: float = 0.02
+    strength: float = 0.1
+    lora_strength: float = 0.1
     fisher_sequences: int = 120
     task_sequences: int = 60
     held_out: int = 40
