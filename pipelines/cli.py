@@ -68,6 +68,15 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument("--strict", action="store_true", help="exit code 1 when there is a finding")
     check.set_defaults(run=_check)
 
+    diagnose = commands.add_parser("diagnose", help="measure the symptoms of a model made worse", description=_diagnose.__doc__)
+    diagnose.add_argument("directory", metavar="RUN", help="a run's directory, e.g. runs/quickstart")
+    diagnose.add_argument("--stage", metavar="NAME", help="a stage that made a model (default: the last one that did)")
+    diagnose.add_argument("--max-new-tokens", type=_positive, default=96, metavar="N", help="tokens of a reply (default: 96)")
+    diagnose.add_argument("--lang", choices=["en", "zh"], help="language of names and remedies (default: the locale's)")
+    diagnose.add_argument("--json", action="store_true", help="print one JSON object instead of lines")
+    diagnose.add_argument("--strict", action="store_true", help="exit code 1 when a symptom is bad")
+    diagnose.set_defaults(run=_diagnose)
+
     ops = commands.add_parser("ops", help="list operators and stages, or explain one", description=_ops.__doc__)
     ops.add_argument("action", nargs="?", choices=["list", "show"], default="list")
     ops.add_argument("name", nargs="?", metavar="NAME", help="an operator, a stage kind, or an import path")
@@ -260,6 +269,31 @@ def _check(parsed: argparse.Namespace) -> int:
         _OUT.print(f"warning: {finding.line(language)}", markup=False)
     _OUT.print(f"{parsed.recipe}: {len(nodes)} stages, no errors, {len(findings)} warnings", markup=False)
     return 1 if parsed.strict and findings else 0
+
+
+def _diagnose(parsed: argparse.Namespace) -> int:
+    """Have a run's model answer a few dozen built-in prompts in English and Chinese, and tell what ails it: each symptom with
+    its number, its bound, the number of the model before, and a remedy. Writes diagnosis.json into the run."""
+    import json
+
+    from pipelines.diagnose import diagnose
+
+    language: Any = parsed.lang or ("zh" if os.environ.get("LC_ALL", os.environ.get("LANG", "")).startswith("zh") else "en")
+    found = diagnose(
+        storage.absolute(parsed.directory, os.getcwd()), parsed.stage, max_new_tokens=parsed.max_new_tokens,
+        base_directory=os.getcwd(), progress=lambda line: _ERR.print(line, markup=False),
+    )  # fmt: skip
+    symptoms = found["symptoms"]
+    if parsed.json:
+        told = {**found, "symptoms": [symptom.as_json(language) for symptom in symptoms]}
+        print(json.dumps(told, ensure_ascii=False, indent=1))
+    else:
+        for symptom in symptoms:
+            _OUT.print(symptom.line(language), markup=False)
+        base = f", trained from {found['base']}" if found["base"] else ""
+        bad = sum(symptom.verdict == "bad" for symptom in symptoms)
+        _OUT.print(f"{found['stage']}{base}: {bad} of {len(symptoms)} symptoms", markup=False)
+    return 1 if parsed.strict and any(symptom.verdict == "bad" for symptom in symptoms) else 0
 
 
 def _ops(parsed: argparse.Namespace) -> int:
