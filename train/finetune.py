@@ -250,6 +250,7 @@ class PlannedTrainer:
         trainer.lr_scheduler.last_epoch = step
         for group, rate in zip(optimizer.param_groups, trainer.lr_scheduler.base_lrs, strict=True):
             group["lr"] = rate * self.job.schedule.factor(step, self.job.planned_steps)
+        trainer.lr_scheduler._last_lr = [group["lr"] for group in optimizer.param_groups]  # what the next step is logged with
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
