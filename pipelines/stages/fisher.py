@@ -23,7 +23,7 @@ class FisherStage(FisherSettings, Stage):
     kind: Literal["fisher"] = "fisher"
     model: str = Field(description="The stage that made the model, a path (with a `/`), or `packaged:NAME`.")
     input: Mixed = Field(
-        description="What it is to remember: a stage with packed sequences, conversations or documents, or stages with their shares."
+        description="What to remember: a stage with packed sequences, conversations or documents, or stages with their shares."
     )
     previous: str | None = Field(
         default=None, description="A fisher stage (or path) of the tasks before, to accumulate on; the anchor is then this model."
