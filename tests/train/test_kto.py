@@ -171,6 +171,6 @@ def test_two_workers_take_the_steps_of_one(small_model: str, replies: str, tmp_p
         pass
     two = samples.read_result(str(tmp_path / "two"))
     assert two is not None
-    for name in ("loss", "divergence", "chosen_reward"):
+    for name in ("loss", "divergence"):  # rewards in the curve are TRL's means of the means of passes
         expected = [point[name] for point in one["curve"]]
         assert [point[name] for point in two["curve"]] == pytest.approx(expected, abs=1e-4), name
