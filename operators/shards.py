@@ -335,6 +335,14 @@ def parts(directories: Sequence[str]) -> list[Part]:
     return found
 
 
+def columns(directory: str) -> set[str]:
+    """The columns of a finished stage's rows, of a view too; empty where there are no rows."""
+    for part in parts([directory])[:1]:
+        with storage.open_input(part.path) as stream:
+            return set(pq.read_schema(stream).names)
+    return set()
+
+
 def follow(directory: str, waiting: Callable[[], None], first_ordinal: int = 0) -> Iterator[Part | None]:
     """The parts of a stage in the order of its units, each as soon as it and all before it are committed.
 

@@ -223,7 +223,7 @@ def _inputs(run: RunView, view: StageView) -> Iterator[StageView]:
             continue
         if other.kind == "pack":
             yield from _inputs(run, other)
-        elif {"text", "messages", "chosen"} & {column for column, _ in other.manifest.schema}:
+        elif {"text", "messages", "chosen"} & shards.columns(other.directory):
             yield other
 
 
@@ -232,8 +232,7 @@ def _training_texts(run: RunView, view: StageView) -> list[str]:
     sources = list(_inputs(run, view))
     texts: list[str] = []
     for source in sources:
-        assert source.manifest is not None
-        columns = {column for column, _ in source.manifest.schema}
+        columns = shards.columns(source.directory)
         name = next(column for column in ("messages", "chosen", "text") if column in columns)
         rows = (row for part in shards.parts([source.directory]) for _, batch in shards.read(part, [name]) for row in batch[name])
         for row in islice(rows, _SAMPLE_ROWS // len(sources)):

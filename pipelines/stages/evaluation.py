@@ -200,7 +200,7 @@ def trained_on(context: StageContext, models: list[str]) -> list[dict[str, Any]]
             else:
                 rows = [(name, path, float(manifest.config.get("held_out") or 0.0))]
             for key, source, held in rows:
-                columns = {column for column, _ in shards.load_manifest(source).schema}
+                columns = shards.columns(source)
                 if "id" in columns and columns & {"text", "messages"}:
                     found[stage, key] = {"stage": stage, "input": key, "directory": source, "held_out": held}
     return [found[key] for key in sorted(found)]
