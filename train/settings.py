@@ -131,7 +131,7 @@ class PretrainSettings(OptimizerSettings):
     tokens: int | None = Field(
         default=None,
         ge=1,
-        description="Instead of `steps`: positions to see, padding included; steps are this over `batch_sequences` times the packed "
+        description="Instead of `steps`: positions to see with padding; steps are this over `batch_sequences` times the packed "
         "length, rounded up.",
     )
     batch_sequences: int = Field(default=8, ge=1, description="Sequences of one step over all workers, who must divide it.")
@@ -142,7 +142,7 @@ class PretrainSettings(OptimizerSettings):
     z_loss: float = Field(
         default=0.0,
         ge=0,
-        description="Factor of the squared log of the softmax's normaliser, which keeps logits from drifting (PaLM, Chowdhery et al. "
+        description="Factor of the squared log of the softmax's normaliser, against drifting logits (PaLM, Chowdhery et al. "
         "2022, section 5: 1e-4).",
     )
     parallel: ParallelSettings = Field(default=ParallelSettings(), description="How the model lies over the workers.")
