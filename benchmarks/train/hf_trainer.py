@@ -31,11 +31,11 @@ class Rows(Dataset):  # type: ignore[type-arg]
 
     def __getitem__(self, position: int) -> dict[str, np.ndarray]:
         batch = self.loader.batch(np.array([position]))
-        labels = np.full_like(batch.labels[0], IGNORE)
+        labels = np.full(batch.labels.shape[1], IGNORE, np.int64)
         labels[1:] = batch.labels[0, :-1]
-        found = {"input_ids": batch.input_ids[0], "labels": labels}
+        found = {"input_ids": batch.input_ids[0].astype(np.int64), "labels": labels}
         # without restarts there is nothing to mask: Trainer may use causal attention as its fastest kernel has it
-        return {**found, "position_ids": batch.position_ids[0]} if self.isolated else found
+        return {**found, "position_ids": batch.position_ids[0].astype(np.int64)} if self.isolated else found
 
 
 class _Clock(TrainerCallback):
