@@ -106,16 +106,20 @@ def resolve_model(reference: str, cache_directory: str) -> str:
         if target.exists():
             return str(target)
         try:
-            alone = {key: value for key, value in os.environ.items() if key not in _GROUP}
-            alone["PYTHONPATH"] = os.pathsep.join(path or os.getcwd() for path in sys.path)
-            command = [sys.executable, "-m", "operators.synthesis.packaged", reference, str(scratch)]
-            made = subprocess.run(command, env=alone, capture_output=True, text=True)
-            if made.returncode:
-                raise ModelError(f"model {reference!r} could not be converted:\n{made.stderr[-2000:]}")
+            _convert_apart(reference, scratch)
             os.rename(scratch, target)
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
     return str(target)
+
+
+def _convert_apart(reference: str, target: Path) -> None:
+    alone = {key: value for key, value in os.environ.items() if key not in _GROUP}
+    alone["PYTHONPATH"] = os.pathsep.join(path or os.getcwd() for path in sys.path)
+    command = [sys.executable, "-m", "operators.synthesis.packaged", reference, str(target)]
+    made = subprocess.run(command, env=alone, capture_output=True, text=True)
+    if made.returncode:
+        raise ModelError(f"model {reference!r} could not be converted:\n{made.stderr[-2000:]}")
 
 
 def _convert(file: Path, package: _Package, target: Path) -> None:

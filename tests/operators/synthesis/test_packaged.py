@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import threading
+import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -54,13 +54,14 @@ def test_the_revision_is_the_content_of_weights_and_template_not_the_place(tmp_p
 
 
 def test_makers_that_race_leave_one_whole_model_and_no_scratch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    together = threading.Barrier(4)
+    made: list[Path] = []
 
-    def convert(file: Path, package: Any, target: Path) -> None:
-        together.wait()
+    def convert(reference: str, target: Path) -> None:
+        made.append(target)
+        time.sleep(0.1)
         a_model(target)
 
-    monkeypatch.setattr(packaged, "_convert", convert)
+    monkeypatch.setattr(packaged, "_convert_apart", convert)
     found: list[str] = []
     makers = [threading.Thread(target=lambda: found.append(resolve_model(REFERENCE, str(tmp_path)))) for _ in range(4)]
     for maker in makers:
@@ -68,18 +69,18 @@ def test_makers_that_race_leave_one_whole_model_and_no_scratch(tmp_path: Path, m
     for maker in makers:
         maker.join()
     assert len(found) == 4
-    assert len(set(found)) == 1
-    assert sorted(p.name for p in (tmp_path / "models").iterdir() if p.name != "hashes") == [Path(found[0]).name]
+    assert len(set(found)) == len(made) == 1
+    assert [p.name for p in (tmp_path / "models").iterdir() if p.name != "hashes" and p.suffix != ".lock"] == [Path(found[0]).name]
     check_model(found[0])
 
 
 def test_a_conversion_that_fails_leaves_nothing_that_looks_like_a_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def convert(file: Path, package: Any, target: Path) -> None:
+    def convert(reference: str, target: Path) -> None:
         target.mkdir()
         (target / "config.json").write_text("{}")
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(packaged, "_convert", convert)
+    monkeypatch.setattr(packaged, "_convert_apart", convert)
     with pytest.raises(OSError, match="no space"):
         resolve_model(REFERENCE, str(tmp_path))
-    assert [p.name for p in (tmp_path / "models").iterdir() if p.name != "hashes"] == []
+    assert [p.name for p in (tmp_path / "models").iterdir() if p.name != "hashes" and p.suffix != ".lock"] == []
