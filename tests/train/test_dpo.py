@@ -181,7 +181,7 @@ def marked(cases: list[Any], quick: int) -> list[Any]:
     return [case if index < quick else pytest.param(*case, marks=pytest.mark.slow) for index, case in enumerate(cases)]
 
 
-@pytest.mark.parametrize(("ours", "theirs"), marked(REFERENCED, 3))
+@pytest.mark.parametrize(("ours", "theirs"), marked(REFERENCED, 2))
 def test_losses_with_a_reference_are_those_of_trl_run_as_it_is(
     closing_model: str, pairs: str, tmp_path: Path, ours: dict[str, Any], theirs: dict[str, Any]
 ) -> None:
@@ -202,7 +202,7 @@ FREE: list[tuple[dict[str, Any], str, dict[str, Any]]] = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("ours", "name", "theirs"), marked(FREE, 2))
+@pytest.mark.parametrize(("ours", "name", "theirs"), marked(FREE, 1))
 def test_losses_without_a_reference_are_those_of_trls_experimental_trainers(
     closing_model: str, pairs: str, tmp_path: Path, ours: dict[str, Any], name: str, theirs: dict[str, Any]
 ) -> None:
@@ -269,12 +269,9 @@ def worker_of_two(rank: int, port: int, model: str, pairs: str, directory: str, 
     torch.distributed.destroy_process_group()
 
 
-@pytest.mark.parametrize(
-    "cases", [["combined", "sharded lora"], pytest.param(list(TOGETHER), marks=pytest.mark.slow)], ids=["two cases", "all"]
-)
-def test_two_workers_take_the_steps_of_one(
-    small_model: str, pairs: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cases: list[str]
-) -> None:
+@pytest.mark.slow
+def test_two_workers_take_the_steps_of_one(small_model: str, pairs: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cases = list(TOGETHER)
     monkeypatch.setattr(reference, "UNIT", 8)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
