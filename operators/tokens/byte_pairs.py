@@ -73,9 +73,9 @@ def compiled(tokenizer: dict[str, Any]) -> BytePairs | None:
         return None
     vocabulary: dict[str, int] = model["vocab"]
     merges = [tuple(merge) if not isinstance(merge, str) else tuple(merge.split(" ")) for merge in model["merges"]]
-    table = classes(rules)
+    table = classes(rules).copy()
     if normalizer is not None:
-        table = table | np.uint8(128)
+        table |= np.uint8(128)
         for first, stop in _STABLE:
             table[first:stop] &= 127
     byte_ids = np.array([vocabulary.get(character, -1) for character in byte_characters()], np.int32)

@@ -3,17 +3,24 @@ as one scanner over UTF-8.
 
 A tokenizer is taken only when its pre-tokenizer is, letter for letter, one of those known here. The character classes
 are asked of the tokenizers library itself, one question for all code points, so that they are those of its own Unicode
-tables whatever its version. `tests/operators/tokens/test_byte_pairs.py` holds the scanner against the library.
+tables whatever its version. The answers (about a CPU second each) are kept below `$DANLU_CACHE`, else `danlu` in the temporary
+directory, under that version. `tests/operators/tokens/test_byte_pairs.py` holds the scanner against the library.
 """
 
 from __future__ import annotations
 
+import hashlib
+import os
+import tempfile
+import zlib
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numba
 import numpy as np
+import tokenizers
 from tokenizers import Regex, pre_tokenizers
 
 WORD, PREFIX, RUN, NUMBER, SPACE, OTHER, NEWLINE = (1 << bit for bit in range(7))
@@ -71,15 +78,50 @@ def rules_of(pre_tokenizer: dict[str, Any] | None) -> Rules | None:
 
 @cache
 def classes(rules: Rules) -> np.ndarray:
-    """uint8[0x110000]: the bits of every code point under these rules."""
-    found = np.zeros(0x110000, np.uint8)
-    asked = [(WORD, rules.word), (PREFIX, rules.prefix), (RUN, rules.run), (NUMBER, r"\p{N}"), (SPACE, r"\s")]
-    for bit, pattern in [*asked, (OTHER, r"[^\s\p{L}\p{N}]"), (NEWLINE, r"[\r\n]")]:
-        if pattern is not None:
+    """uint8[0x110000]: the bits of every code point under these rules, read-only."""
+    asked = questions(rules)
+    key = hashlib.sha256(f"{tokenizers.__version__} {asked}".encode()).hexdigest()[:16]
+    place = Path(os.environ.get("DANLU_CACHE") or os.path.join(tempfile.gettempdir(), "danlu")) / "characters" / f"{key}.z"
+    found = _kept(place)
+    if found is None:
+        found = np.zeros(0x110000, np.uint8)
+        for bit, pattern in asked:
             found[_members(pattern)] |= bit
-    if rules.prefix is None:
-        found[ord(" ")] |= PREFIX
+        if rules.prefix is None:
+            found[ord(" ")] |= PREFIX
+        _keep(place, found)
+    found.flags.writeable = False
     return found
+
+
+def questions(rules: Rules) -> list[tuple[int, str]]:
+    """Each bit with the character class of the code points that have it."""
+    asked = [(WORD, rules.word), (PREFIX, rules.prefix), (RUN, rules.run), (NUMBER, r"\p{N}"), (SPACE, r"\s")]
+    asked += [(OTHER, r"[^\s\p{L}\p{N}]"), (NEWLINE, r"[\r\n]")]
+    return [(bit, pattern) for bit, pattern in asked if pattern is not None]
+
+
+def _kept(place: Path) -> np.ndarray | None:
+    """A table on file: its CRC-32 and the deflated bytes. None where there is none, or none that is whole and this user's own."""
+    try:
+        with place.open("rb") as stream:
+            owned = os.fstat(stream.fileno()).st_uid == os.getuid()
+            check, packed = stream.read(4), stream.read()
+        table = np.frombuffer(zlib.decompress(packed), np.uint8)
+    except (OSError, zlib.error):
+        return None
+    whole = len(table) == 0x110000 and zlib.crc32(table.tobytes()).to_bytes(4, "little") == check
+    return table if owned and whole else None
+
+
+def _keep(place: Path, table: np.ndarray) -> None:
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=place.parent, delete=False) as stream:
+            stream.write(zlib.crc32(table.tobytes()).to_bytes(4, "little") + zlib.compress(table.tobytes()))
+        os.replace(stream.name, place)
+    except OSError:  # a directory that cannot be written to: the table is asked for again next time
+        return
 
 
 @cache

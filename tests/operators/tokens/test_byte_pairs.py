@@ -107,7 +107,7 @@ pieces = st.one_of(
 
 @pytest.mark.parametrize("kind", KINDS)
 @given(texts=st.lists(st.lists(pieces, max_size=12).map("".join), max_size=6))
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=25)
 def test_any_text_has_the_ids_of_the_library(kind: str, texts: list[str]) -> None:
     check(kind, [*texts])
 
@@ -118,12 +118,51 @@ def test_long_words_empty_texts_and_nulls_have_the_ids_of_the_library(kind: str)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("every", [599, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("every", [2999, pytest.param(1, marks=pytest.mark.slow)])
 def test_every_code_point_beside_every_class_has_the_ids_of_the_library(kind: str, every: int) -> None:
     codes = np.concatenate([np.arange(0xD800), np.arange(0xE000, 0x110000)])[::every]
     contexts = ("a{0}b", "'{0}", " {0}", "1{0}2", "，{0}字", "\n{0}\n", "{0}{0} ", "\u0301{0}")
     for group in np.array_split(codes, max(1, len(codes) // 20_000)):
         check(kind, [context.format(chr(code)) for code in group.tolist() for context in contexts])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_classes_of_all_code_points_are_those_of_the_library(kind: str) -> None:
+    rules = splitting.rules_of(json.loads(model(kind))["pre_tokenizer"])
+    assert rules is not None
+    table = splitting.classes(rules)
+    for bit, pattern in splitting.questions(rules):
+        held = np.zeros(0x110000, bool)
+        held[splitting._members(pattern)] = True
+        if rules.prefix is None and bit == splitting.PREFIX:
+            held[ord(" ")] = True
+        assert np.array_equal((table & bit) != 0, held), pattern
+
+
+def test_the_classes_are_asked_of_the_library_once_a_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    answers = {r"\p{L}": [97, 0x4E2D], r"\p{N}": [49], r"\s": [32]}
+
+    def members(pattern: str) -> np.ndarray:
+        asked.append(pattern)
+        return np.array(answers.get(pattern, []), np.int64)
+
+    monkeypatch.setenv("DANLU_CACHE", str(tmp_path))
+    monkeypatch.setattr(splitting, "_members", members)
+    monkeypatch.setattr(splitting, "classes", splitting.classes.__wrapped__)
+    first = splitting.classes(splitting.GPT2)
+    questions = len(asked)
+    assert questions == len(splitting.questions(splitting.GPT2)) and first[32] == splitting.SPACE | splitting.PREFIX
+    assert np.array_equal(splitting.classes(splitting.GPT2), first) and len(asked) == questions
+    (file,) = (tmp_path / "characters").iterdir()
+    for harm in (file.read_bytes()[:-9], b"", file.read_bytes()[1:]):
+        file.write_bytes(harm)
+        assert np.array_equal(splitting.classes(splitting.GPT2), first), "a file that is not whole is not believed"
+    assert len(asked) == 4 * questions
+    monkeypatch.setattr(splitting.tokenizers, "__version__", "0.0")
+    splitting.classes(splitting.GPT2)
+    assert len(asked) == 5 * questions, "another version of the library has other tables"
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -164,11 +203,12 @@ def test_texts_with_added_tokens_that_are_not_special_go_through_the_library() -
         assert mine.tolist() == theirs.tolist()
 
 
+@pytest.mark.parametrize("rows", [6, pytest.param(60, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", ["en", "zh", "other"])
-def test_real_text_has_the_ids_of_the_library(name: str, data_pack: Path) -> None:
+def test_real_text_has_the_ids_of_the_library(name: str, rows: int, data_pack: Path) -> None:
     text = pq.read_table(data_pack / "corpus" / f"{name}.parquet", columns=["text"])["text"]
     for kind in KINDS:
         compiled, library = pair(kind)
-        some = text.slice(40, 40)
+        some = text.slice(40, rows)
         for mine, theirs in zip(compiled.encode(some), library.encode(some), strict=True):
             assert np.array_equal(mine, theirs), kind
