@@ -1,4 +1,7 @@
-"""One loop, one curve: every parallel layout of a tiny model gives the losses of one process, over 50 steps, to 1e-4."""
+"""One loop, one curve: every parallel layout of a tiny model gives the losses of one process, over 50 steps, to 1e-4.
+
+Checkpoints that go from one layout to another are here, too: one group of two workers does both plans.
+"""
 
 from __future__ import annotations
 
@@ -41,21 +44,64 @@ def golden(packed: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, A
     return pretrain.run(job(packed), str(tmp_path_factory.mktemp("golden") / "one"), Workers())
 
 
+SHORT = {"steps": 12, "checkpoint_every": 4}
+
+
+@pytest.fixture(scope="module")
+def pair(packed: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
+    """What one group of two workers made: its directory, and what was said of each job.
+
+    The three layouts; then FSDP2 stopped at step 6 goes on under FSDP2, and under tensor parallelism and back; then a
+    checkpoint of one process goes on under tensor parallelism.
+    """
+    out = tmp_path_factory.mktemp("pair")
+    fsdp, tensor, alone = job(packed, "fsdp2", **SHORT), job(packed, tensor=2, **SHORT), job(packed, **SHORT)
+    with pytest.raises(pretrain.JobCancelled):
+        pretrain.run(alone, str(out / "from-one"), Workers(report=lambda done, *_: done == 6))
+    plan = [
+        group.entry(job(packed, micro_batch_sequences=2), out / "ddp 2"),
+        group.entry(job(packed, "fsdp2", activation_checkpointing="full"), out / "fsdp2 2"),
+        group.entry(job(packed, tensor=2), out / "tensor 2"),
+        group.entry(fsdp, out / "undisturbed"),
+        group.entry(fsdp, out / "stopped", stop=6),
+        group.entry(fsdp, out / "stopped"),
+        group.entry(fsdp, out / "fsdp-to-tensor", stop=6),
+        group.entry(tensor, out / "fsdp-to-tensor", stop=9),
+        group.entry(fsdp, out / "fsdp-to-tensor", stop=10),
+        group.entry(tensor, out / "from-one", stop=9),
+    ]
+    return out, group.run(plan, out, 2)
+
+
 def test_two_workers_under_ddp_fsdp2_and_tensor_parallelism_have_the_losses_of_one(
-    packed: str, golden: dict[str, Any], tmp_path: Path
+    golden: dict[str, Any], pair: tuple[Path, list[dict[str, Any]]]
 ) -> None:
-    plan = {
-        "ddp 2": job(packed, micro_batch_sequences=2),
-        "fsdp2 2": job(packed, "fsdp2", activation_checkpointing="full"),
-        "tensor 2": job(packed, tensor=2),
-    }
-    results = group.run([group.entry(one, tmp_path / name) for name, one in plan.items()], tmp_path, 2)
     assert losses(golden)[-1] < 0.5 * losses(golden)[0]
-    for (name, _), result in zip(plan.items(), results, strict=True):
+    for name, result in zip(("ddp 2", "fsdp2 2", "tensor 2"), pair[1][:3], strict=True):
         assert result["timings"]["layout"] == name
         assert losses(result) == pytest.approx(losses(golden), abs=1e-4), name
         assert norms(result) == pytest.approx(norms(golden), rel=2e-3), name
         assert result["parameters"] == golden["parameters"]
+
+
+def test_checkpoints_go_from_one_layout_to_another_and_are_bit_exact_on_the_same(
+    packed: str, pair: tuple[Path, list[dict[str, Any]]], tmp_path: Path
+) -> None:
+    out, (undisturbed, _, again, *rest) = pair[0], pair[1][3:]
+    alone = job(packed, **SHORT)
+    reference = pretrain.run(alone, str(tmp_path / "reference"), Workers())
+    assert all("JobCancelled" in outcome["error"] for outcome in rest), rest
+    assert again["curve"] == undisturbed["curve"]
+    weights = [out / name / "model" / "model.safetensors" for name in ("undisturbed", "stopped")]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
+    for name in ("fsdp-to-tensor", "from-one"):
+        files = sorted((out / name / "checkpoints").glob("step-*/worker-*.safetensors"))
+        assert len(files) == 4, "two checkpoints are kept, each written by two workers"
+        sizes = [file.stat().st_size for file in files[-2:]]
+        assert max(sizes) < 1.2 * min(sizes), "both workers write about as much"
+        result = pretrain.run(alone, str(out / name), Workers())
+        assert losses(result) == pytest.approx(losses(reference), abs=1e-4)
+        assert not (out / name / "checkpoints").exists()
 
 
 @pytest.mark.slow

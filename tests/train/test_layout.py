@@ -1,4 +1,4 @@
-"""Parallel layouts: what is refused, that a cut model is cut, the norm of gradients, checkpoints from one layout to another."""
+"""Parallel layouts: what is refused, that a cut model is cut, the norm of gradients, checkpoints."""
 
 from __future__ import annotations
 
@@ -88,37 +88,6 @@ def test_the_norm_of_gradients_is_torchs_and_clipping_scales_by_it(packed: str) 
     assert float(norm) == pytest.approx(float(torch.nn.utils.clip_grad_norm_(other.parameters(), 1.0)), rel=1e-6)
     for mine, theirs in zip(network.parameters(), other.parameters(), strict=True):
         torch.testing.assert_close(mine.grad, theirs.grad)
-
-
-def test_checkpoints_go_from_one_layout_to_another_and_are_bit_exact_on_the_same(packed: str, tmp_path: Path) -> None:
-    """One group of two: FSDP2 stopped at step 6 goes on under FSDP2, tensor parallelism, and alone; one process under FSDP2."""
-    short = {"steps": 12, "checkpoint_every": 4}
-    fsdp, tensor, alone = job(packed, "fsdp2", **short), job(packed, tensor=2, **short), job(packed, **short)
-    reference = pretrain.run(alone, str(tmp_path / "reference"), Workers())
-    with pytest.raises(pretrain.JobCancelled):
-        pretrain.run(alone, str(tmp_path / "from-one"), Workers(report=lambda done, *_: done == 6))
-    plan = [
-        group.entry(fsdp, tmp_path / "undisturbed"),
-        group.entry(fsdp, tmp_path / "stopped", stop=6),
-        group.entry(fsdp, tmp_path / "stopped"),
-        group.entry(fsdp, tmp_path / "fsdp-to-tensor", stop=6),
-        group.entry(tensor, tmp_path / "fsdp-to-tensor", stop=9),
-        group.entry(fsdp, tmp_path / "fsdp-to-tensor", stop=10),
-        group.entry(tensor, tmp_path / "from-one", stop=9),
-    ]
-    undisturbed, _, again, *rest = group.run(plan, tmp_path, 2)
-    assert all("JobCancelled" in outcome["error"] for outcome in rest), rest
-    assert again["curve"] == undisturbed["curve"]
-    weights = [tmp_path / name / "model" / "model.safetensors" for name in ("undisturbed", "stopped")]
-    assert weights[0].read_bytes() == weights[1].read_bytes()
-    for name in ("fsdp-to-tensor", "from-one"):
-        files = sorted((tmp_path / name / "checkpoints").glob("step-*/worker-*.safetensors"))
-        assert len(files) == 4, "two checkpoints are kept, each written by two workers"
-        sizes = [file.stat().st_size for file in files[-2:]]
-        assert max(sizes) < 1.2 * min(sizes), "both workers write about as much"
-        result = pretrain.run(alone, str(tmp_path / name), Workers())
-        assert losses(result) == pytest.approx(losses(reference), abs=1e-4)
-        assert not (tmp_path / name / "checkpoints").exists()
 
 
 def test_a_checkpoint_is_written_while_training_goes_on_and_is_in_force_with_its_marker(

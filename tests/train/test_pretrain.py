@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -60,15 +59,9 @@ def taken(directory: Path) -> list[dict[str, Any]]:
     ]
 
 
-def test_a_run_killed_in_mid_step_goes_on_with_the_same_samples_and_losses_on_one_worker_and_on_two(
-    packed: str, tmp_path: Path
-) -> None:
-    undisturbed = tmp_path / "undisturbed"
-    reference = pretrain.run(job(packed), str(undisturbed), Workers())
-    assert curve(reference)[-1] < 0.6 * curve(reference)[0]
-
-    killed = tmp_path / "killed"
-    process = launch(job(packed), killed)
+def killed(packed: str, directory: Path) -> None:
+    """A run of one process, killed after step 12 is told."""
+    process = launch(job(packed), directory)
     assert process.stdout is not None
     for line in process.stdout:
         if line.startswith("step 12/"):
@@ -76,25 +69,34 @@ def test_a_run_killed_in_mid_step_goes_on_with_the_same_samples_and_losses_on_on
             break
     process.wait(timeout=300)
     process.stdout.close()
-    assert not (killed / "result.json").exists()
-    found = checkpoint.latest(str(killed / "checkpoints"))
+    assert not (directory / "result.json").exists()
+    found = checkpoint.latest(str(directory / "checkpoints"))
     assert found is not None
     assert found[0] in (10, 15)
-    shutil.copytree(killed, tmp_path / "killed-two")
 
-    resumed = pretrain.run(job(packed), str(killed), Workers())
+
+def test_a_run_killed_in_mid_step_goes_on_with_the_same_samples_and_losses(packed: str, tmp_path: Path) -> None:
+    reference = pretrain.run(job(packed), str(tmp_path / "undisturbed"), Workers())
+    assert curve(reference)[-1] < 0.6 * curve(reference)[0]
+    killed(packed, tmp_path / "killed")
+    resumed = pretrain.run(job(packed), str(tmp_path / "killed"), Workers())
     assert curve(resumed) == pytest.approx(curve(reference), abs=1e-6)
-    assert taken(killed) == taken(undisturbed)
+    assert taken(tmp_path / "killed") == taken(tmp_path / "undisturbed")
 
+
+@pytest.mark.slow
+def test_a_run_of_one_process_killed_in_mid_step_goes_on_as_two_workers_of_the_command_line(packed: str, tmp_path: Path) -> None:
+    reference = pretrain.run(job(packed), str(tmp_path / "undisturbed"), Workers())
+    killed(packed, tmp_path / "killed")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    pair = [launch(job(packed), tmp_path / "killed-two", rank, 2, port) for rank in range(2)]
+    pair = [launch(job(packed), tmp_path / "killed", rank, 2, port) for rank in range(2)]
     output = [process.communicate(timeout=900)[0] for process in pair]
     assert [process.returncode for process in pair] == [0, 0], output
-    two = json.loads((tmp_path / "killed-two" / "result.json").read_text())
+    two = json.loads((tmp_path / "killed" / "result.json").read_text())
     assert curve(two) == pytest.approx(curve(reference), abs=1e-4)
-    assert taken(tmp_path / "killed-two") == taken(undisturbed)
+    assert taken(tmp_path / "killed") == taken(tmp_path / "undisturbed")
 
 
 def test_the_samples_on_file_are_the_plan_and_their_ledger_balances(packed: str, tmp_path: Path) -> None:
