@@ -22,6 +22,7 @@ from operators.tables import content_hash
 from pipelines.report.view import RunView, StageView, load_run
 from pipelines.stages.training import is_external
 from pipelines.symptom_texts import TEXTS
+from train.settings import is_shape
 
 if TYPE_CHECKING:
     from transformers.modeling_utils import PreTrainedModel
@@ -201,7 +202,7 @@ def _base(run: RunView, view: StageView, base_directory: str) -> tuple[str, str,
     if view.kind == "promote":
         return _base(run, run.stage(str(view.manifest.config["model"])), base_directory)
     named = view.manifest.config.get("model")
-    if not isinstance(named, str):
+    if not isinstance(named, str) or is_shape(named):
         return None
     if is_external(named):
         path = named if named.startswith("packaged:") else storage.absolute(named, base_directory)

@@ -18,10 +18,15 @@ from transformers.modeling_utils import PreTrainedModel
 def pieces(old: bytes, new: bytes) -> dict[int, list[int]]:
     """new id -> the old ids of its text, for two tokenizer.json files of which the second extends the first.
 
-    Raises ValueError when an old id means another token in the new file, so that nothing could be carried over.
+    Empty where the second has no new token; it may lack old ones then (a chat's marks, say). Raises ValueError when an id means
+    another token in the new file, so that nothing could be carried over.
     """
+    if old == new:
+        return {}
     before, after = Tokenizer.from_buffer(old), Tokenizer.from_buffer(new)
     known, found = before.get_vocab(with_added_tokens=True), after.get_vocab(with_added_tokens=True)
+    if all(known.get(name) == token for name, token in found.items()):
+        return {}
     for name, token in known.items():
         if found.get(name) != token:
             raise ValueError(
@@ -34,6 +39,11 @@ def pieces(old: bytes, new: bytes) -> dict[int, list[int]]:
         if name not in known:
             result[token] = _spelled(name, made, known) or before.encode(name, add_special_tokens=False).ids
     return result
+
+
+def rows(old: bytes, new: bytes) -> int:
+    """Rows of the embedding that `extend` needs at least; 0 where the second tokenizer has no new token. Raises as `pieces`."""
+    return max(pieces(old, new), default=-1) + 1
 
 
 def _merges(tokenizer: dict[str, Any]) -> list[tuple[str, str]]:
@@ -62,10 +72,10 @@ def extend(model: PreTrainedModel, old: bytes, new: bytes) -> int:
     `old`, `new`: the contents of tokenizer.json. Logits of the old tokens stay what they were. Rows that a model has beyond
     its tokenizer (embeddings padded to a multiple) are used before any are added. Raises ValueError as `pieces` does.
     """
-    rows = pieces(old, new)
-    if not rows:
+    added = pieces(old, new)
+    if not added:
         return 0
-    size = max(rows) + 1
+    size = max(added) + 1
     embedding: Any = model.get_input_embeddings()
     if size > embedding.weight.shape[0]:
         model.resize_token_embeddings(size, mean_resizing=False)
@@ -73,7 +83,7 @@ def extend(model: PreTrainedModel, old: bytes, new: bytes) -> int:
     weights: dict[int, torch.Tensor] = {id(end.weight): end.weight for end in ends if end is not None}
     with torch.no_grad():
         for weight in weights.values():
-            for token, parts in rows.items():
+            for token, parts in added.items():
                 if parts:
                     weight[token] = weight[parts].float().mean(0).to(weight.dtype)
-    return len(rows)
+    return len(added)

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -21,13 +20,10 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from cluster import storage
-from operators.config import parse
 from operators.synthesis import packaged
 from train import adapters, artifacts, templates
+from train.model_shapes import read_shape as read_shape
 from train.settings import ModelShape
-
-SHAPES = Path(__file__).parent / "shapes"
-"""Shapes that come along, each a YAML file named by its size."""
 
 END_OF_TEXT, PADDING = "<|endoftext|>", "<|pad|>"
 """The special tokens that Danlu's tokenizers have. `<|endoftext|>` ends a document, `<|im_end|>` a turn."""
@@ -37,23 +33,6 @@ CHAT_TEMPLATE = templates.CHATML
 
 
 Configuration = LlamaConfig | Qwen3Config | Qwen3MoeConfig
-
-
-def read_shape(path: str) -> ModelShape:
-    """The shape in a small YAML file (a local path or URI), or one of those that come along, by name: `0.1b`, `1b`, ...
-
-    Raises FileNotFoundError that lists the names, or operators.config.SettingsError that names the file and the key.
-    """
-    named = SHAPES / f"{path}.yaml"
-    place = str(named) if named.is_file() else path
-    if not storage.exists(place):
-        names = ", ".join(sorted(file.stem for file in SHAPES.glob("*.yaml")))
-        raise FileNotFoundError(f"no shape at {path}: neither a file nor one of {names}")
-    try:
-        values = yaml.safe_load(storage.read_bytes(place))
-    except yaml.YAMLError as error:
-        raise ValueError(f"{place} is no YAML: {error}") from None
-    return parse(ModelShape, values, place)
 
 
 def configuration(shape: ModelShape, vocab: int, context: int, eos: int | None, pad: int | None) -> Configuration:
@@ -158,6 +137,17 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
         if not found.inside:
             return load_tokenizer(found.base)
     return AutoTokenizer.from_pretrained(model_directory(path), local_files_only=True, trust_remote_code=False)
+
+
+def tokenizer_json(path: str) -> bytes | None:
+    """The contents of tokenizer.json of a checkpoint, of its adapter's own if it has one; None where there is no such file."""
+    found = adapters.find(path)
+    places = [found.adapter] if found is not None else []
+    if found is not None and not found.inside:
+        places.append(model_directory(found.base))
+    else:
+        places.append(model_directory(path))
+    return next((file.read_bytes() for place in places if (file := place / "tokenizer.json").is_file()), None)
 
 
 def wrap_tokenizer(file: Path) -> PreTrainedTokenizerBase:

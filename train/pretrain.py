@@ -26,7 +26,7 @@ from transformers.modeling_utils import PreTrainedModel
 from cluster import storage
 from operators import shards
 from operators.config import parse
-from train import adapters, checkpoint, ewc, flops, layout, models, samples
+from train import adapters, checkpoint, embeddings, ewc, flops, layout, models, samples
 from train.errors import JobCancelled, NonFiniteLoss
 from train.layout import Layout, Penalty
 from train.loader import PackedTokens, TokenLoader, micro_batches, rank_positions, tokenizer_file
@@ -94,6 +94,9 @@ def _configuration(job: PretrainJob, loader: TokenLoader, tokenizer: Any) -> Any
     found = adapters.find(job.model)
     directory = models.model_directory(job.model if found is None or found.inside else found.base)
     config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+    tokenizers = _tokenizers(job)
+    # The corpus' tokenizer may have more tokens than the model: `_model` makes their rows, here is their number.
+    config.vocab_size = max(config.vocab_size, embeddings.rows(*tokenizers) if tokenizers else 0)
     if config.vocab_size < vocab:
         raise ValueError(
             f"the model at {job.model} knows {config.vocab_size} tokens, the packed corpus was made with {vocab}: pack with the "
@@ -102,9 +105,17 @@ def _configuration(job: PretrainJob, loader: TokenLoader, tokenizer: Any) -> Any
     return config
 
 
+def _tokenizers(job: PretrainJob) -> tuple[bytes, bytes] | None:
+    """The contents of tokenizer.json of the model and of the corpus; None for a model without that file."""
+    own = models.tokenizer_json(str(job.model))
+    return None if own is None else (own, tokenizer_file(job.inputs[0].directory).read_bytes())
+
+
 def _model(job: PretrainJob, loader: TokenLoader, tokenizer: Any) -> PreTrainedModel:
     if isinstance(job.model, str):
         model = models.load(job.model)
+        if tokenizers := _tokenizers(job):
+            embeddings.extend(model, *tokenizers)
     else:
         model = models.create(_configuration(job, loader, tokenizer), job.seed)
     return model

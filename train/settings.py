@@ -10,6 +10,14 @@ from pydantic import Field, field_validator, model_validator
 from operators.config import Settings
 from train.schedule import Schedule
 
+NAMED_SHAPE = "shape:"
+"""Before the name of a shape that comes along, where a model is asked for."""
+
+
+def is_shape(model: object) -> bool:
+    """True for a `model` setting that names a shape to start from scratch: `shape:NAME`, or a path that ends in .yaml or .yml."""
+    return isinstance(model, str) and (model.startswith(NAMED_SHAPE) or model.endswith((".yaml", ".yml")))
+
 
 class ModelShape(Settings):
     """A decoder-only transformer: RoPE, grouped-query attention, RMSNorm, SwiGLU; with experts for `qwen3_moe`."""
@@ -176,6 +184,15 @@ class PretrainJob(PretrainSettings):
     """Everything a pretraining run depends on."""
 
     inputs: list[RowsInput] = Field(min_length=1, description="Packed corpora with their shares of tokens.")
-    model: ModelShape | str = Field(description="A shape to start from scratch, or the directory of a model to go on from.")
+    model: ModelShape | str = Field(
+        description="A shape to start from scratch, also as `shape:NAME` or a YAML file; or the directory of a model to go on from."
+    )
     seed: int = Field(default=0, description="Of the initial weights and the order of samples.")
     most_steps: int | None = Field(default=None, ge=1, description="A trial run's limit: no more steps than this.")
+
+    @field_validator("model", mode="before")
+    @classmethod
+    def _shape(cls, model: object) -> object:
+        from train.model_shapes import read_shape
+
+        return read_shape(str(model)) if is_shape(model) else model

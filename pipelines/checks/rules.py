@@ -14,7 +14,7 @@ from operators.synthesis.curate.turns import REPLIES, Turns
 from pipelines.checks.evidence import ALIGNED, TUNED, Evidence, inputs
 from pipelines.checks.finding import Finding
 from pipelines.stages.training import is_external
-from train.settings import PretrainSettings
+from train.settings import PretrainSettings, is_shape
 
 _LEAST_REHEARSAL = 0.05
 _MOST_REFUSALS = 0.05  # a set of general instructions has 1 to 2%
@@ -41,7 +41,7 @@ _MARKS = {
 
 def general_data(seen: Evidence) -> Iterator[Finding]:
     for name, stage in seen.training("sft", "pretrain"):
-        if not isinstance(stage.model, str):
+        if not isinstance(stage.model, str) or is_shape(stage.model):
             continue  # from scratch there is nothing to forget
         shares = inputs(stage)
         least = min(shares, key=lambda key: shares[key])
@@ -54,7 +54,7 @@ def general_data(seen: Evidence) -> Iterator[Finding]:
 def learning_rate(seen: Evidence) -> Iterator[Finding]:
     for name, stage in seen.training(*_RATES):
         rate: float = stage.learning_rate  # type: ignore[attr-defined]
-        if not isinstance(stage.model, str):
+        if not isinstance(stage.model, str) or is_shape(stage.model):
             continue
         full, low, source = _RATES[stage.kind]  # type: ignore[attr-defined]
         adapters = bool(getattr(stage, "lora", None))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from cluster import storage
 from operators import shards
@@ -13,7 +13,8 @@ from operators.config import SettingsError
 from operators.stage import Cancelled, Stage, StageContext
 from operators.synthesis.packaged import PREFIX
 from train.errors import JobCancelled, TrainingError
-from train.settings import EwcTerm, ModelShape, OptimizerSettings, PretrainSettings, Share
+from train.model_shapes import read_shape
+from train.settings import NAMED_SHAPE, EwcTerm, ModelShape, OptimizerSettings, PretrainSettings, Share, is_shape
 from train.settings_finetune import FinetuneSettings, SftSettings
 
 Mixed = str | dict[str, float | Share]
@@ -21,8 +22,8 @@ Mixed = str | dict[str, float | Share]
 
 
 def is_external(model: str) -> bool:
-    """True when a `model` setting names no stage: a path or URI (it holds a `/`), or `packaged:NAME`."""
-    return "/" in model or model.startswith(PREFIX)
+    """True when a `model` setting names no stage: a path or URI (it holds a `/`), `packaged:NAME`, or the file of a shape."""
+    return "/" in model or model.startswith(PREFIX) or is_shape(model)
 
 
 def paths(models: Iterable[str]) -> list[str]:
@@ -133,7 +134,7 @@ class PretrainStage(PretrainSettings, TrainingStage):
     """Trains a decoder-only model on packed sequences, from scratch or from a checkpoint (continued pretraining)."""
 
     told: ClassVar[type[OptimizerSettings]] = PretrainSettings
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3  # rows of the embedding beyond the model's tokenizer are set where the corpus' one has more tokens
     operational: ClassVar[frozenset[str]] = TrainingStage.operational | {
         "parallel", "activation_checkpointing", "compile", "micro_batch_sequences", "loss_chunk_tokens", "keep_checkpoints",
     }  # fmt: skip
@@ -142,11 +143,24 @@ class PretrainStage(PretrainSettings, TrainingStage):
     input: Mixed = Field(description="A pack stage, or pack stages with their shares of tokens.")
     model: ModelShape | str = Field(
         default=ModelShape(),
-        description="A shape to start from scratch; or a stage that made a model, a path (with a `/`), or `packaged:NAME`.",
+        description="A shape to start from scratch, `shape:NAME` for one that comes along or its YAML file; or a stage that made a "
+        "model, a path (with a `/`), or `packaged:NAME`. The corpus may be packed with an extension of that model's tokenizer.",
     )
 
+    @field_validator("model", mode="before")
+    @classmethod
+    def _named_shape(cls, model: object) -> object:
+        # Read here, so that the fingerprint holds the numbers and not the name.
+        try:
+            return read_shape(model) if isinstance(model, str) and model.startswith(NAMED_SHAPE) else model
+        except FileNotFoundError as error:
+            raise ValueError(str(error)) from None
+
     def job(self, context: StageContext) -> dict[str, Any]:
-        return {**super().job(context), "most_steps": context.limit}
+        job = {**super().job(context), "most_steps": context.limit}
+        if is_shape(self.model):
+            job["model"] = read_shape(context.path(str(self.model))).model_dump(mode="json")
+        return job
 
 
 class FinetuneStage(FinetuneSettings, TrainingStage):

@@ -12,9 +12,10 @@ import torch
 
 from operators.tokens import extend
 from operators.tokens.encode import Encoder
-from tests.train.conftest import SHAPE, documents
-from train import embeddings, models
-from train.settings import ModelShape
+from tests.train.conftest import SHAPE, documents, pack
+from train import embeddings, models, pretrain
+from train.parallel import Workers
+from train.settings import ModelShape, PretrainJob, RowsInput
 
 
 @pytest.fixture(scope="module")
@@ -54,3 +55,37 @@ def test_a_tokenizer_that_is_no_extension_is_refused(tokenizers: tuple[bytes, by
     other["model"]["vocab"][a], other["model"]["vocab"][b] = other["model"]["vocab"][b], other["model"]["vocab"][a]
     with pytest.raises(ValueError, match="no extension of the model's own: id"):
         embeddings.pieces(json.dumps(other).encode(), new)
+
+
+def test_a_corpus_of_another_tokenizer_than_the_models_is_refused_though_it_would_fit(
+    tokenizers: tuple[bytes, bytes], small_model: str, tmp_path: Path
+) -> None:
+    old, _ = tokenizers
+    swapped = json.loads(old)
+    names = swapped["model"]["vocab"]
+    a, b = list(names)[-2:]
+    names[a], names[b] = names[b], names[a]
+    file = tmp_path / "tokenizer.json"
+    file.write_text(json.dumps(swapped))
+    packed = pack(tmp_path / "tokens" / "f0", file, documents(20), 64)
+    job = PretrainJob(inputs=[RowsInput(name="tokens", directory=packed)], model=small_model, steps=1)
+    with pytest.raises(ValueError, match="no extension of the model's own"):
+        pretrain.run(job, str(tmp_path / "run"), Workers())
+
+
+def test_pretraining_goes_on_with_more_tokens_than_the_model_had(
+    tokenizers: tuple[bytes, bytes], small_model: str, tmp_path: Path
+) -> None:
+    file = tmp_path / "tokenizer.json"
+    file.write_bytes(tokenizers[1])
+    wider = pack(tmp_path / "tokens" / "f0", file, documents(60), 64)
+    job = PretrainJob(inputs=[RowsInput(name="tokens", directory=wider)], model=small_model, steps=2)
+    result = pretrain.run(job, str(tmp_path / "run"), Workers())
+    assert result["curve"][0]["loss"] < 8, "a row at random for each new token would begin at more"
+    exported, size = str(tmp_path / "run" / "model"), Encoder(tokenizers[1]).vocab_size
+    assert models.load(exported).get_input_embeddings().weight.shape[0] == size == models.load_tokenizer(exported).vocab_size  # type: ignore[union-attr]
+    assert size > models.load(small_model).config.vocab_size
+    # What was trained without the new tokens goes on with the model as it is.
+    again = PretrainJob(inputs=[RowsInput(name="tokens", directory=wider)], model=exported, steps=1)
+    config = pretrain._configuration(again, *pretrain._open(again))
+    assert config.vocab_size == size

@@ -19,7 +19,7 @@ from operators.config import SettingsError
 from train import attention, models
 from train.loader import PackedTokens, TokenLoader
 from train.objective import PackedLoss, prepare
-from train.settings import ModelShape
+from train.settings import ModelShape, PretrainJob
 
 ARCHITECTURES: dict[str, dict[str, Any]] = {
     "llama": {},
@@ -101,6 +101,10 @@ def test_a_shape_is_read_from_a_small_file_or_by_its_name(tmp_path: Path) -> Non
     config = models.configuration(models.read_shape(str(file)), 100, 16, 0, 1)
     assert (config.model_type, config.num_hidden_layers, config.head_dim) == ("qwen3", 3, 64)
     assert models.read_shape("0.1b").hidden == 768
+    assert models.read_shape("shape:0.1b") == models.read_shape("0.1b")
+    rows = [{"name": "tokens", "directory": "/nowhere"}]
+    for written in ("shape:0.1b", str(file)):
+        assert PretrainJob(inputs=rows, model=written, steps=1).model == models.read_shape(written)  # type: ignore[arg-type]
     with pytest.raises(FileNotFoundError, match=r"no shape at 2b: neither a file nor one of 0\.1b, 0\.6b, 1b"):
         models.read_shape("2b")
     file.write_text("layers: 3\nheds: 4\n")
