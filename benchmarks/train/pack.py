@@ -13,6 +13,7 @@ import json
 import os
 import sys
 import tempfile
+import time
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from operators.tokens.encode import Encoder
 from operators.tokens.layout import place
 from operators.tokens.pack import PackSettings, pack_span
 from operators.tokens.window import spans
+from train import artifacts
 
 DATA = measure.ROOT.parent / "shared" / "data" / "corpus"
 LENGTHS = (1024, 2048)
@@ -52,7 +54,7 @@ def main() -> None:
         writer.write(table)
         writer.commit(Ledger(created=table.num_rows, kept=table.num_rows))
         shards.finish(str(root / "clean"), stage="clean", kind="corpus", fingerprint="f", config={}, inputs={})
-        (root / "model").symlink_to(resolve_model("packaged:smollm2-135m-instruct", str(root / "cache")))
+        (root / "model").symlink_to(resolve_model("packaged:smollm2-135m-instruct", str(artifacts.cache_directory())))
         command = [sys.executable, "-m", "benchmarks.train.pack", "--folder", root, "--side"]
         env = {"TOKENIZERS_PARALLELISM": "false", "NUMBA_NUM_THREADS": "1", "RAYON_NUM_THREADS": "1"}
         sides = {
@@ -65,20 +67,29 @@ def main() -> None:
         if len({output["ids"] for output in outputs.values()}) != 1:
             raise SystemExit(f"the sides do not agree on the ids: {outputs}")
         # The work alone, as each side measures it: not the imports of either.
-        cpu = {name: float(np.median([usage.output["cpu_s"] for usage in usages])) for name, usages in found.items()}
+        cpu, wall = (
+            {name: float(np.median([usage.output[key] for usage in usages])) for name, usages in found.items()}
+            for key in ("cpu_s", "wall_s")
+        )
         lengths = np.load(root / "lengths.npy")
     tokens = int(lengths.sum())
     measure.publish(
         "train.pack",
         {f"vs_{name}": cpu[name] / cpu["ours"] for name in cpu if name != "ours"},
-        {"tokens_per_cpu_second": {name: tokens / seconds for name, seconds in cpu.items()}, "losses": losses(lengths)},
+        {
+            **{
+                f"tokens_per_{unit}_second": {name: tokens / seconds for name, seconds in times.items()}
+                for unit, times in (("cpu", cpu), ("wall", wall))
+            },
+            "losses": losses(lengths),
+        },
         data=f"{len(lengths)} documents of shared/data/corpus/en and zh, {tokens} tokens (SmolLM2's tokenizer), one process a side",
         quick=options.quick,
     )
 
 
 def _side(name: str, root: Path) -> dict[str, Any]:
-    """Do one side's work and return {"cpu_s", "ids": a hash of all ids in order}."""
+    """Do one side's work and return {"cpu_s", "wall_s", "ids": a hash of all ids in order}."""
     parts = shards.parts([str(root / "clean")])
     digest = np.zeros(1, np.uint64)
     model = (root / "model" / "tokenizer.json").read_bytes()
@@ -86,30 +97,31 @@ def _side(name: str, root: Path) -> dict[str, Any]:
         encoder = Encoder(model)
         encoder.encode(pa.array(["warm 热"], pa.large_string()))
         table = pq.read_table(parts[0].path, columns=["text"])
-        start = sum(os.times()[:4])
+        start, began = sum(os.times()[:4]), time.perf_counter()
         writer = UnitWriter(str(root / f"packed-{os.getpid()}"), 0)
+        written = 0
         for span in spans(parts, 4096):
-            pack_span(span, encoder, PackSettings(2048, 0, 0), writer)
-        writer.commit(Ledger())
-        cpu = sum(os.times()[:4]) - start
+            written += pack_span(span, encoder, PackSettings(2048, 0, 0), writer)[0].kept
+        writer.commit(Ledger(created=written, kept=written))
+        cpu, wall = sum(os.times()[:4]) - start, time.perf_counter() - began
         ids, offsets = encoder.encode(table["text"])
         np.save(root / "lengths.npy", np.diff(offsets) + 1)
-        return {"cpu_s": cpu, "ids": _digest(digest, [ids[a:b] for a, b in pairwise(offsets)])}
+        return {"cpu_s": cpu, "wall_s": wall, "ids": _digest(digest, [ids[a:b] for a, b in pairwise(offsets)])}
     import datasets
     from transformers import PreTrainedTokenizerFast
 
     datasets.disable_progress_bars()
     tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(root / "model" / "tokenizer.json"))
     rows = datasets.Dataset.from_parquet(parts[0].path, cache_dir=str(root / f"cache-{os.getpid()}"), columns=["text"])
-    start = sum(os.times()[:4])
+    start, began = sum(os.times()[:4]), time.perf_counter()
     mapped = rows.map(
         lambda row: {"input_ids": tokenizer(row["text"], add_special_tokens=False, split_special_tokens=True)["input_ids"]},
         batched=name == "datasets_map_batched",
         remove_columns=["text"],
         load_from_cache_file=False,
     )
-    cpu = sum(os.times()[:4]) - start
-    return {"cpu_s": cpu, "ids": _digest(digest, [np.array(ids, np.uint32) for ids in mapped["input_ids"]])}
+    cpu, wall = sum(os.times()[:4]) - start, time.perf_counter() - began
+    return {"cpu_s": cpu, "wall_s": wall, "ids": _digest(digest, [np.array(ids, np.uint32) for ids in mapped["input_ids"]])}
 
 
 def _digest(state: np.ndarray, documents: list[np.ndarray]) -> str:
