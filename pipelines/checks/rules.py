@@ -19,6 +19,7 @@ from train.settings import PretrainSettings, is_shape
 _LEAST_REHEARSAL = 0.05
 _MOST_REFUSALS = 0.05  # a set of general instructions has 1 to 2%
 _MOST_ONE_OPENING = 0.2
+_LEAST_POINTS = 5  # steps after which a reward that never moved tells something
 _LEAST_ROWS = 50  # shares of fewer rows say little
 _SMALL = 1e8  # parameters; smaller models take higher rates (Kaplan et al. 2020, appendix D.6)
 _RATES = {  # (full, LoRA), and where the bound is from
@@ -267,13 +268,12 @@ def _commonest_opening(texts: pa.Array) -> tuple[str, int]:
 
 
 def rewards(seen: Evidence) -> Iterator[Finding]:
-    for name, _ in seen.training("grpo"):
+    for name, stage in seen.training("grpo"):
         points = seen.stats(name).get("curve", [])
-        columns = {key for point in points for key in point if key.startswith("reward/") or key.startswith("rewards/")}
-        for column in sorted(columns):
-            values = {point[column] for point in points if isinstance(point.get(column), int | float)}
-            if len(points) >= 5 and len(values) == 1:
-                yield Finding("rewards_all_zero", name, {"reward": column.split("/", 1)[1], "value": float(values.pop())})
+        for reward in stage.rewards:  # type: ignore[attr-defined]
+            values = {point.get(f"reward_{reward}") for point in points} - {None}
+            if len(points) >= _LEAST_POINTS and len(values) == 1:
+                yield Finding("rewards_all_zero", name, {"reward": reward, "value": float(values.pop())})
 
 
 def corpus(seen: Evidence) -> Iterator[Finding]:

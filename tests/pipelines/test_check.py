@@ -168,6 +168,30 @@ def test_models_at_a_path_are_judged_by_their_own_files(tmp_path: Path) -> None:
     )
 
 
+def test_a_reward_that_never_moved_in_the_last_run_is_found(tmp_path: Path) -> None:
+    recipe = parse_recipe(json.dumps({"name": "x", "stages": {**GOOD, "game": {**GRPO, "model": "chat"}}}))
+    for name in ("docs", "chats", "general", "pairs"):
+        (tmp_path / f"{name}.jsonl").write_text('{"id": "1"}\n' * 1000)
+    curve = [{"step": step, "loss": 0.1, "reward_right": 0.0} for step in range(6)]
+    directory = str(tmp_path / "x" / "game" / "f0")
+    shards.finish(directory, stage="game", kind="grpo", fingerprint="f0", config={}, inputs={}, stats={"curve": curve})
+    nodes = {node.name: node for node in plan(recipe, str(tmp_path / "x"), str(tmp_path), None)}
+    found = {finding.code: finding for finding in rules.run(Evidence(recipe, nodes, str(tmp_path), 2)) if finding.stage == "game"}
+    assert found["rewards_all_zero"].facts == {"reward": "right", "value": 0.0}
+    curve[3]["reward_right"] = 0.5
+    shards.finish(
+        str(tmp_path / "x" / "game" / "f1"),
+        stage="game",
+        kind="grpo",
+        fingerprint="f1",
+        config={},
+        inputs={},
+        stats={"curve": curve},
+    )
+    again = rules.run(Evidence(recipe, nodes, str(tmp_path), 2))
+    assert "rewards_all_zero" not in {finding.code for finding in again}
+
+
 def test_every_rule_has_both_languages_and_names_the_same_facts_in_each() -> None:
     for code, rule in RULES.items():
         for english, chinese in (rule.evidence, rule.reason, rule.remedy):
