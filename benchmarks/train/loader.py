@@ -100,7 +100,8 @@ def main() -> None:
         "train.loader",
         {f"vs_{name}": medians["ours"] / speed for name, speed in medians.items() if name != "ours"},
         {"tokens_per_second": medians, "batch_rows": BATCH, "row_tokens": LENGTH},
-        data=f"{sequences} made-up rows of {LENGTH} tokens, documents of 600 tokens in the mean, warm, shuffled, one thread; Ray Data: {RAY_ROWS}",
+        data=f"{sequences} made-up rows of {LENGTH} tokens, documents of 600 tokens in the mean, warm, shuffled, one thread; "
+        f"Ray Data: {RAY_ROWS} of them",
         quick=options.quick,
     )
 
