@@ -18,6 +18,8 @@ _LEAST_OBJECT_STORE_BYTES = 256 << 20
 _CONNECT_TIMEOUT_S = 10.0
 _SERVERS = ("raylet", "gcs_server")
 _STARTS = 3
+_HEALTH = {"health_check_failure_threshold": 60}
+"""A lone node is not given up by its own control process because the machine was slow, or asleep, for a minute."""
 _servers: dict[str, psutil.Process] = {}  # of the Ray that this process started
 
 _connected_here = False  # whether this module, not the program around it, connected the process to Ray
@@ -66,12 +68,19 @@ def connect(address: str | None = None, cpus: int | None = None, object_store_by
 
 
 def start_local(cpus: int, object_store_bytes: int) -> None:
-    """`ray.init`, tried again where a busy machine takes longer than the 30 seconds that Ray allows its own servers."""
+    """`ray.init`, tried again where a busy machine takes longer than the 30 seconds that Ray allows its own servers.
+
+    On loopback: no other machine reaches its servers, and a network that comes, goes or changes its address (a laptop's,
+    a container's) does not end it.
+    """
     import ray
+    from ray._private import ray_constants
 
     before = {child.pid for child in psutil.Process().children()}
+    routed = ray_constants.ENABLE_RAY_CLUSTER
     for attempt in range(_STARTS):
         try:
+            ray_constants.ENABLE_RAY_CLUSTER = False  # Ray's own switch (RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER) for loopback
             ray.init(
                 address="local",  # whatever RAY_ADDRESS says, and beside any cluster that runs on this machine
                 num_cpus=cpus,
@@ -80,6 +89,7 @@ def start_local(cpus: int, object_store_bytes: int) -> None:
                 log_to_driver=False,
                 logging_level=logging.ERROR,
                 configure_logging=True,
+                _system_config=_HEALTH,
             )
             _servers.update({child.name(): child for child in psutil.Process().children() if child.name() in _SERVERS})
             return
@@ -88,6 +98,8 @@ def start_local(cpus: int, object_store_bytes: int) -> None:
             _end([child for child in psutil.Process().children() if child.pid not in before])
             if "timed out during startup" not in str(error) or attempt == _STARTS - 1:
                 raise ConnectionError(f"Ray could not be started on this machine: {error}") from error
+        finally:
+            ray_constants.ENABLE_RAY_CLUSTER = routed  # joining a cluster needs the address that others reach
 
 
 def _check_reachable(address: str) -> None:
