@@ -11,14 +11,15 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def _tell_dead_servers(terminal: pytest.TerminalReporter, logs: Path, ended: threading.Event) -> None:
+def _tell_dead_servers(config: pytest.Config, logs: Path, ended: threading.Event) -> None:
     """Ray ends its driver, here pytest, without a word a minute after one of its servers died: say which, and its last lines."""
     from cluster.connect import ended_servers
 
     while not ended.wait(1):
         for name in ended_servers():
             lines = (logs / f"{name}.out").read_text("utf-8", "replace").splitlines()[-60:]
-            terminal.write_line("\n".join([f"\nRay's {name} has died ({logs}):", *lines]), flush=True)
+            with config.pluginmanager.get_plugin("capturemanager").global_and_fixture_disabled():
+                print(f"\nRay's {name} has died ({logs}):", *lines, sep="\n", flush=True)
             return
 
 
@@ -32,8 +33,7 @@ def ray_cluster(pytestconfig: pytest.Config) -> Iterator[None]:
     start_local(4, 256 << 20)
     logs = Path(ray._private.worker._global_node.get_logs_dir_path())  # type: ignore[attr-defined]
     ended = threading.Event()
-    terminal = pytestconfig.pluginmanager.get_plugin("terminalreporter")
-    threading.Thread(target=_tell_dead_servers, args=(terminal, logs, ended), daemon=True).start()
+    threading.Thread(target=_tell_dead_servers, args=(pytestconfig, logs, ended), daemon=True).start()
     yield
     ended.set()
     ray.shutdown()
