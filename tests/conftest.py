@@ -12,10 +12,10 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def _tell_dead_servers(config: pytest.Config, logs: Path, ended: threading.Event) -> None:
-    """Ray ends its driver, here pytest, without a word a minute after one of its servers died: say which, and its last lines."""
+    """Ray ends its driver, here pytest, without a word when one of its servers died: say which, and its last lines."""
     from cluster.connect import ended_servers
 
-    while not ended.wait(1):
+    while not ended.wait(0.1):
         for name in ended_servers():
             lines = (logs / f"{name}.out").read_text("utf-8", "replace").splitlines()[-60:]
             with config.pluginmanager.get_plugin("capturemanager").global_and_fixture_disabled():
