@@ -8,6 +8,7 @@ one after the other in every round, so that a noisy machine slows both. The peer
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import platform
@@ -150,7 +151,11 @@ def _rounded(value: Any) -> Any:
 
 
 def _versions() -> dict[str, str]:
-    return {"python": platform.python_version(), **{name: metadata.version(name) for name in ("ray", "pyarrow", "numpy", "numba")}}
+    found = {"python": platform.python_version()}
+    for name in ("ray", "pyarrow", "numpy", "numba", "torch", "transformers"):
+        with contextlib.suppress(metadata.PackageNotFoundError):  # benchmarks/train/gpu.sh needs no Ray
+            found[name] = metadata.version(name)
+    return found
 
 
 def _machine() -> str:

@@ -18,6 +18,7 @@ GOALS: dict[str, dict[str, float]] = {
     "synthesis.novelty": {"vs_rouge_score": 1000, "vs_rouge_score_rs": 100, "vs_rapidfuzz": 5},
     "synthesis.self_instruct": {"vs_rouge_score_loop": 100},
     "synthesis.throughput": {"vs_vllm": 0.95, "vs_vllm_n2": 0.95, "vs_ray_data_llm": 1},
+    "train.gpu": {"vs_hf_trainer_1b_whole": 1, "vs_peak_1b_whole": 0.5},
     "train.step": {"vs_hf_trainer": 1.15, "vs_hf_trainer_fp32": 1.15},
     "train.pack": {"vs_datasets_map": 5, "vs_datasets_map_batched": 1.2},
     "train.loader": {"vs_memmap": 0.8},

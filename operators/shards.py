@@ -23,6 +23,7 @@ import os
 import resource
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -465,7 +466,8 @@ def _versions() -> dict[str, str]:
 
     found = {"python": platform.python_version(), "tables": str(tables.SCHEMA_VERSION)}
     for name in ("ray", "pyarrow", "numpy"):
-        found[name] = metadata.version(name)
+        with suppress(metadata.PackageNotFoundError):  # what writes a stage by itself needs no Ray
+            found[name] = metadata.version(name)
     return found
 
 

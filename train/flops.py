@@ -12,24 +12,31 @@ from collections.abc import Mapping
 from transformers.modeling_utils import PreTrainedModel
 
 PEAKS: Mapping[str, float] = {
-    "H100 PCIe": 756e12,  # NVIDIA H100 data sheet (the 1,513 there count sparsity)
-    "H100 NVL": 835e12,  # likewise (1,671 with sparsity)
-    "H100": 989e12,  # likewise, SXM (1,979 with sparsity)
-    "H800": 989e12,  # an H100 SXM with slower links
-    "H200": 989e12,  # NVIDIA H200 data sheet, SXM (1,979 with sparsity)
-    "H20": 148e12,  # NVIDIA HGX H20
-    "GH200": 989e12,  # NVIDIA GH200 data sheet
-    "B200": 2250e12,  # NVIDIA Blackwell brief (4,500 with sparsity)
-    "A100": 312e12,  # NVIDIA A100 data sheet
-    "A800": 312e12,  # an A100 with slower links
-    "L40S": 362e12,  # NVIDIA L40S data sheet (733 with sparsity)
-    "L20": 119.5e12,  # NVIDIA L20
-    "L4": 121e12,  # NVIDIA L4 data sheet (242 with sparsity)
-    "A10": 125e12,  # NVIDIA A10 data sheet
-    "RTX 4090": 165.2e12,  # NVIDIA Ada white paper, float32 accumulation
-    "V100": 125e12,  # NVIDIA V100 data sheet; float16, it has no bf16
+    "H100 PCIe": 756e12,  # [T] (the 1,513 of the data sheet count sparsity)
+    "H100 NVL": 835e12,  # [T] (1,671 with sparsity)
+    "H100": 989e12,  # [T] SXM (1,979 with sparsity)
+    "H800": 989e12,  # [V] an H100 SXM with slower links
+    "H200": 989e12,  # [T] SXM
+    "H20": 148e12,  # [V]
+    "B200": 2250e12,  # [T] (4,500 with sparsity)
+    "A100": 312e12,  # [T]
+    "A800": 312e12,  # [V] an A100 with slower links
+    "L40S": 362e12,  # [T] (733 with sparsity)
+    "L20": 119.5e12,  # [V]
+    "L4": 121e12,  # NVIDIA's data sheet: 242 with sparsity
+    "A10": 125e12,  # [L]
+    "RTX 4090": 165.2e12,  # waredb.com, nvidia-geforce-rtx-4090: 165.15 dense, 330.3 with sparsity
 }
-"""Dense bf16 operations a second by a part of the device's name (as torch.cuda.get_device_name says it)."""
+"""Dense bf16 operations a second by a part of the device's name (as torch.cuda.get_device_name says it).
+
+Each was looked up in what others calculate with, which name NVIDIA's data sheets: [T] github.com/pytorch/torchtitan,
+torchtitan/tools/utils.py; [V] github.com/volcengine/verl, verl/utils/flops_counter.py; [L] github.com/Lightning-AI/
+pytorch-lightning, src/lightning/fabric/utilities/throughput.py. A device that is not here has no MFU.
+"""
+
+
+_VARIANTS = {"NVL", "Laptop", "D"}
+"""Words that make another device of a name: an H200 NVL has not the peak of an H200."""
 
 
 def peak_flops(device_name: str) -> float | None:
@@ -37,7 +44,7 @@ def peak_flops(device_name: str) -> float | None:
     words = device_name.replace("-", " ").split()
     for name in sorted(PEAKS, key=len, reverse=True):
         wanted = name.split()
-        if all(word in words for word in wanted):
+        if all(word in words for word in wanted) and _VARIANTS.isdisjoint(set(words) - set(wanted)):
             return PEAKS[name]
     return None
 

@@ -217,6 +217,8 @@ class _Training:
         """All remaining steps."""
         job, workers = self.job, self.workers
         self.network.train()
+        if workers.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(workers.device)  # a warm group has done other jobs before
         while self.step < self.steps:
             started = time.perf_counter()
             point = self._step(job.learning_rate * job.schedule.factor(self.step, self.steps))
@@ -384,6 +386,11 @@ class _Training:
                 "workers": self.workers.world,
                 "layout": str(self.place),
                 "device": self.workers.device.type,
+                **(
+                    {"peak_memory_gib": torch.cuda.max_memory_allocated(self.workers.device) / 2**30}
+                    if self.workers.device.type == "cuda"
+                    else {}
+                ),
             },
         }
 

@@ -9,8 +9,13 @@ import argparse
 import itertools
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from train.session import TrainGroup
 
 
 def main() -> None:
@@ -30,27 +35,40 @@ def main() -> None:
         _print_timeline(parsed.directory)
 
 
-def _in_a_group(config: dict[str, Any], directory: str) -> None:
+@contextmanager
+def group(workers: int, storage_path: str) -> Iterator[TrainGroup]:
+    """A Ray Train group on a Ray of its own; both end with the context."""
     import ray
 
     from cluster.connect import start_local
     from train.session import TrainGroup
 
     start_local(4, 256 << 20)
-    group = TrainGroup(2, storage_path=f"{directory}-group")
+    started = TrainGroup(workers, storage_path=storage_path)
     try:
-        group.run({"kind": "pretrain", "config": config, "directory": directory})
+        yield started
     finally:
-        group.stop()
+        started.stop()
         ray.shutdown()
 
 
-def _print_timeline(directory: str) -> None:
+def _in_a_group(config: dict[str, Any], directory: str) -> None:
+    with group(2, f"{directory}-group") as started:
+        started.run({"kind": "pretrain", "config": config, "directory": directory})
+
+
+def timeline(directory: str) -> tuple[list[float], list[float]]:
+    """(losses, seconds between the ends of steps) of a job, from the event file that its first worker wrote."""
     from train.tracking import events
 
     found = [(at, value) for at, _, tag, value in events(Path(directory) / "tensorboard") if tag == "loss"]
     times, losses = [at for at, _ in found], [round(value, 6) for _, value in found]
-    print(json.dumps({"seconds": [after - before for before, after in itertools.pairwise(times)], "losses": losses}))
+    return losses, [after - before for before, after in itertools.pairwise(times)]
+
+
+def _print_timeline(directory: str) -> None:
+    losses, seconds = timeline(directory)
+    print(json.dumps({"seconds": seconds, "losses": losses}))
 
 
 if __name__ == "__main__":
