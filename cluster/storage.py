@@ -2,24 +2,31 @@
 
 Nothing here relies on rename of a remote object. A file becomes visible whole or not at all: local files are written
 beside their destination and linked in, remote ones are a single upload that the store makes visible at its end.
+A store that fails to answer is asked again (`cluster.remote`).
 """
 
 from __future__ import annotations
 
 import fnmatch
 import hashlib
+import io
 import os
 import re
+import sys
 import tempfile
 import uuid
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import pyarrow as pa
 from pyarrow import fs as pafs
 
+from cluster import remote
+
 _SCHEME = re.compile(r"^[a-z][a-z0-9+.-]*://")
 _GLOB = re.compile(r"[*?\[]")
+_BLOCK = 8 << 20
 
 
 @dataclass(frozen=True)
@@ -40,9 +47,11 @@ def is_remote(path: str) -> bool:
 def resolve(path: str) -> tuple[pafs.FileSystem, str]:
     """The filesystem of a path or URI, and the path inside it.
 
-    Raises ValueError when the scheme is not one that pyarrow knows.
+    Raises ValueError when the scheme is not one that pyarrow knows, or when a URI holds credentials.
     """
-    if _SCHEME.match(path):
+    if is_remote(path):
+        return remote.open_filesystem(path)
+    if path.startswith("file://"):
         try:
             return pafs.FileSystem.from_uri(path)
         except (pa.ArrowInvalid, OSError) as error:
@@ -74,6 +83,15 @@ def size(path: str) -> int:
     if info.type == pafs.FileType.NotFound:
         raise FileNotFoundError(path)
     return int(info.size or 0)
+
+
+def modified_ns(path: str) -> int:
+    """When a file was last written, in nanoseconds since 1970 by the clock of its store. Raises FileNotFoundError."""
+    filesystem, inner = resolve(path)
+    info = filesystem.get_file_info(inner)
+    if info.type == pafs.FileType.NotFound:
+        raise FileNotFoundError(path)
+    return int(info.mtime_ns or 0)
 
 
 def make_directory(path: str) -> None:
@@ -142,9 +160,7 @@ def read_bytes(path: str) -> bytes:
 def write_bytes(path: str, data: bytes) -> None:
     """Write a whole file; a reader sees the old content or the new, never a part."""
     if is_remote(path):
-        filesystem, inner = resolve(path)
-        with filesystem.open_output_stream(inner) as stream:
-            stream.write(data)
+        _upload(io.BytesIO(data), len(data), path)
         return
     _, inner = resolve(path)
     temporary = _write_beside(inner, data)
@@ -200,10 +216,8 @@ def scratch_file(directory: str) -> str:
 def publish(local: str, destination: str) -> None:
     """Move a finished local file to its destination, visible at once; the destination may exist with the same content."""
     if is_remote(destination):
-        filesystem, inner = resolve(destination)
-        with open(local, "rb") as source, filesystem.open_output_stream(inner) as stream:
-            while block := source.read(8 << 20):
-                stream.write(block)
+        with open(local, "rb") as source:
+            _upload(source, os.path.getsize(local), destination)
         os.unlink(local)
         return
     _, inner = resolve(destination)
@@ -211,6 +225,27 @@ def publish(local: str, destination: str) -> None:
     with open(local, "rb") as source:
         os.fsync(source.fileno())
     os.replace(local, inner)
+
+
+def _upload(source: BinaryIO, size: int, destination: str) -> None:
+    """Upload a whole object, from its first byte again where the store fails to answer."""
+    filesystem, inner = resolve(destination)
+
+    def attempt() -> None:
+        source.seek(0)
+        try:
+            # by default pyarrow compresses what has a name that ends in .gz, compressed as it may be
+            with filesystem.open_output_stream(inner, compression=None) as stream:
+                while block := source.read(_BLOCK):
+                    stream.write(block)
+        finally:  # a stream is completed when it is closed, even after an error: what it made must be whole, or go
+            made = filesystem.get_file_info(inner)
+            if made.type == pafs.FileType.File and made.size != size:
+                filesystem.delete_file(inner)
+                if sys.exc_info()[0] is None:
+                    raise OSError(f"{destination}: unexpected end of stream, {made.size} of {size} bytes arrived")
+
+    remote.patiently(destination, attempt)
 
 
 def delete(path: str) -> None:
@@ -226,7 +261,7 @@ def delete(path: str) -> None:
 def sha256_of(path: str) -> str:
     digest = hashlib.sha256()
     with open_input(path) as stream:
-        while block := stream.read(4 << 20):
+        while block := stream.read(_BLOCK):
             digest.update(block)
     return digest.hexdigest()
 
@@ -251,6 +286,6 @@ def copy(source: str, destination: str) -> None:
     """Copy one file; the copy appears whole."""
     local = scratch_file(destination.rsplit("/", 1)[0])
     with open_input(source) as stream, open(local, "wb") as target:
-        while block := stream.read(8 << 20):
+        while block := stream.read(_BLOCK):
             target.write(block)
     publish(local, destination)

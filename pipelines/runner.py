@@ -20,12 +20,14 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import IO, Any
 
 import psutil
 
 from cluster import connect, storage
+from cluster.lease import Lease, LeaseHeld
 from operators import shards
 from operators.config import SettingsError
 from operators.ledger import LedgerError
@@ -85,19 +87,24 @@ class Run:
     def execute(self) -> str:
         """Run everything that is not done. Raises SettingsError, FileNotFoundError, OSError, RunError or Cancelled."""
         self.nodes = plan(self.recipe, self.directory, self.options.base_directory, self.options.limit)
-        with hold(self.directory):
+        with hold(self.directory, self._displaced):
             for node in self.nodes:
                 done = storage.exists(storage.join(node.directory, "manifest.json"))
-                self._status[node.name] = "done" if done else "pending"
+                refused = node.stage.refusal(node.directory) if done else None
+                self._status[node.name] = "failed" if refused else "done" if done else "pending"
                 if done:
                     self._reused.add(node.name)
+                if refused:
+                    self._failures[node.name] = f"stage {node.name} ({node.stage.kind}) failed: {refused}"
             self._record()
             for node in self.nodes:
                 if self._status[node.name] == "pending":
                     preflight(node, self.options.base_directory)
-            pending = [node for node in self.nodes if self._status[node.name] == "pending"]
+            pending = [node for node in self.nodes if self._status[node.name] == "pending" and not self._blocked(node)]
             for node in self.nodes:
-                if node.name in self._reused:
+                if node.name in self._failures:
+                    self.display.stage(node.name, f"FAILED: {self._failures[node.name].partition(' failed: ')[2]}")
+                elif node.name in self._reused:
                     self.display.stage(node.name, "done before")
             if pending:
                 was_connected = connect.connected()
@@ -115,7 +122,7 @@ class Run:
                 if not was_connected:
                     connect.disconnect()
             self._record()
-        if self.cancelled.is_set():
+        if self.cancelled.is_set() and "lease" not in self._failures:
             raise Cancelled("stopped")
         if self._failures:
             raise RunError("\n".join(self._failures.values()))
@@ -129,6 +136,12 @@ class Run:
                     self._status[name] = "pending"
             self._failures["ray"] = message
         self._record()
+
+    def _displaced(self, holder: str) -> None:
+        """Another run has taken the directory, for it did not hear of this one for too long: leave it to that one."""
+        with self._lock:
+            self._failures["lease"] = f"{self.directory} was taken over by {holder} while this run could not reach it"
+        self.stop()
 
     def stop(self) -> None:
         """Ask every stage to stop at its next commit."""
@@ -209,6 +222,8 @@ class Run:
             node.stage.run(self._context(node))
             if not storage.exists(storage.join(node.directory, "manifest.json")):
                 raise RunError("the stage ended without writing its manifest")
+            if refused := node.stage.refusal(node.directory):
+                raise RunError(refused)
             status = "done"
         except Cancelled:
             status = "pending"
@@ -367,15 +382,22 @@ def _has_replies(run_directory: str, stage: str) -> bool:
 
 
 class hold:
-    """One run at a time on a run's directory: the second is told who holds it. Local directories only."""
+    """One run at a time on a run's directory: the second is told who holds it. `lost` is told of a holder that came in between."""
 
-    def __init__(self, directory: str) -> None:
-        self._directory = directory
+    def __init__(self, directory: str, lost: Callable[[str], None]) -> None:
+        self._directory, self._lost = directory, lost
         self._file: IO[str] | None = None
+        self._lease: Lease | None = None
 
     def __enter__(self) -> None:
         storage.make_directory(self._directory)
         if storage.is_remote(self._directory):
+            self._lease = Lease(self._directory, self._lost)
+            try:
+                self._lease.claim()
+            except LeaseHeld as held:
+                self._lease = None
+                raise self._in_use(str(held)) from None
             return
         self._file = open(storage.join(self._directory, ".lock"), "a+", encoding="utf-8")
         try:
@@ -384,7 +406,7 @@ class hold:
             self._file.seek(0)
             holder = self._file.read().strip() or "another process"
             self._file.close()
-            raise SettingsError(f"{self._directory} is in use by {holder}; wait for it, or choose another --runs") from None
+            raise self._in_use(holder) from None
         self._file.truncate(0)
         self._file.write(f"process {os.getpid()} on {socket.gethostname()}")
         self._file.flush()
@@ -392,6 +414,11 @@ class hold:
     def __exit__(self, *_: object) -> None:
         if self._file is not None:
             self._file.close()
+        if self._lease is not None:
+            self._lease.release()
+
+    def _in_use(self, holder: str) -> SettingsError:
+        return SettingsError(f"{self._directory} is in use by {holder}; wait for it, or choose another --runs")
 
 
 def preflight(node: Node, base_directory: str) -> None:
@@ -407,7 +434,7 @@ def explain(error: BaseException) -> str:
     cause: BaseException = error
     while True:
         inner = getattr(cause, "cause", None) or cause.__cause__
-        if not isinstance(inner, BaseException) or inner is cause:
+        if not isinstance(inner, BaseException) or inner is cause or type(cause) is ConnectionError:  # ours says more
             break
         cause = inner
     if (isinstance(cause, OSError) and cause.errno == errno.ENOSPC) or "No space left on device" in str(cause):

@@ -1,0 +1,98 @@
+"""One holder at a time of a folder on an object store, which knows no lock: a lease that its holder renews.
+
+pyarrow offers no conditional upload, so a lease is claimed by writing a token, waiting, and reading back which token is there:
+the last writer has it. A claimant that was slower than the wait is noticed at the next renewal. Ages are taken from the
+store's own clock. What a run writes is named by its content and its unit, so two holders for a moment waste work; they
+destroy nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Callable
+
+from cluster import storage
+
+SETTLE_S = 2.0
+RENEW_S = 15.0
+STALE_S = 90.0
+"""A lease that was not renewed for so long belongs to nobody: its holder was killed or is cut off."""
+
+
+class LeaseHeld(RuntimeError):
+    """Somebody else holds the folder; the message says who."""
+
+
+class Lease:
+    """The right to write below `directory` (a URI), from `claim` to `release`.
+
+    `lost` is called once, from the renewing thread, when another holder's token is found in the place of ours.
+    """
+
+    def __init__(self, directory: str, lost: Callable[[str], None]) -> None:
+        self._path = storage.join(directory, ".lock")
+        self._lost = lost
+        self._token = uuid.uuid4().hex
+        self._released = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def claim(self) -> None:
+        """Raises LeaseHeld when another holder has renewed its lease in the last 90 seconds."""
+        holder = self._holder()
+        if holder is not None and (age := self._age()) is not None and age < STALE_S:
+            raise LeaseHeld(f"{_name(holder)} (last seen {age:.0f} s ago)")
+        self._write()
+        time.sleep(SETTLE_S)
+        holder = self._holder()
+        if holder is None or holder["token"] != self._token:
+            raise LeaseHeld(_name(holder) if holder else "another process")
+        self._thread = threading.Thread(target=self._renew, name="lease", daemon=True)
+        self._thread.start()
+
+    def release(self) -> None:
+        """Give the folder free, unless it was lost."""
+        self._released.set()
+        if self._thread is not None:
+            self._thread.join(timeout=RENEW_S)
+        holder = self._holder()
+        if holder is not None and holder["token"] == self._token:
+            storage.delete(self._path)
+
+    def _renew(self) -> None:
+        while not self._released.wait(RENEW_S):
+            holder = self._holder()
+            if holder is not None and holder["token"] != self._token:
+                self._lost(_name(holder))
+                return
+            self._write()
+
+    def _write(self) -> None:
+        record = {"token": self._token, "host": socket.gethostname(), "process": os.getpid()}
+        storage.write_bytes(self._path, json.dumps(record).encode())
+
+    def _holder(self) -> dict[str, str] | None:
+        try:
+            return dict(json.loads(storage.read_bytes(self._path)))
+        except FileNotFoundError:
+            return None
+
+    def _age(self) -> float | None:
+        """Seconds since the lease was renewed, both times by the store's clock."""
+        now = f"{self._path}-{self._token}"
+        storage.write_bytes(now, b"")
+        try:
+            held, here = storage.modified_ns(self._path), storage.modified_ns(now)
+        except FileNotFoundError:
+            return None
+        finally:
+            storage.delete(now)
+        return (here - held) / 1e9
+
+
+def _name(holder: dict[str, str]) -> str:
+    return f"process {holder['process']} on {holder['host']}"

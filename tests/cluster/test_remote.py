@@ -1,0 +1,213 @@
+"""Storage on a real S3 server: the same behaviour as on disk, through 503s, broken and slow answers, and a killed server."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import io
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from cluster import lease, remote, storage
+from tests.cluster.object_store import BUCKET, Line, ObjectStore, line, object_store
+
+__all__ = ["line", "object_store"]
+
+
+@pytest.fixture
+def folder(line: Line, request: pytest.FixtureRequest) -> str:
+    return f"s3://{BUCKET}/{hashlib.sha256(request.node.name.encode()).hexdigest()[:12]}"
+
+
+def content(size: int) -> bytes:
+    return np.random.default_rng(size).bytes(size)
+
+
+def test_names_are_taken_literally_and_found_again(folder: str) -> None:
+    names = ["a b.txt", "中文/ＡＢ.txt", "100%25.txt", "q+a&b=c.txt", "x#y.txt"]
+    for name in names:
+        storage.write_bytes(f"{folder}/{name}", name.encode())
+    found = storage.list_files(folder)
+    assert [entry.relative for entry in found] == sorted(names)
+    assert [storage.read_bytes(entry.path).decode() for entry in found] == sorted(names)
+    assert [entry.relative for entry in storage.list_files(f"{folder}/**/*b.txt")] == ["a b.txt"]
+    assert storage.list_directories(folder) == [f"{folder}/中文"]
+    storage.delete(f"{folder}/中文")
+    assert not storage.exists(f"{folder}/中文/ＡＢ.txt")
+
+
+def test_what_is_published_arrives_byte_for_byte_whatever_its_name(folder: str, tmp_path: Path) -> None:
+    for name, data in {"a.gz": gzip.compress(b"x" * 1000), "b.zst": b"no zstd", "c.parquet": content(12 << 20), "d": b""}.items():
+        local = tmp_path / name
+        local.write_bytes(data)
+        storage.publish(str(local), f"{folder}/{name}")
+        assert storage.read_bytes(f"{folder}/{name}") == data
+        assert not local.exists()
+
+
+def test_a_store_that_is_too_busy_is_asked_again(folder: str, line: Line) -> None:
+    line.refused = 7
+    storage.write_bytes(f"{folder}/x", b"kept")
+    line.refused = 7
+    assert storage.read_bytes(f"{folder}/x") == b"kept"
+    assert line.refused == 0
+    line.refused = 4
+    assert storage.list_files(folder)[0].size == 4
+
+
+def test_an_answer_that_breaks_off_is_read_on_and_nothing_twice(folder: str, line: Line) -> None:
+    data = content(3 << 20)
+    storage.write_bytes(f"{folder}/x", data)
+    line.cut, line.cut_after = 2, 300_000
+    assert storage.read_bytes(f"{folder}/x") == data
+    table = pa.table({"text": [f"第 {n} 行" for n in range(50_000)]})
+    buffer = io.BytesIO()
+    pq.write_table(table, buffer, row_group_size=1000)
+    storage.write_bytes(f"{folder}/t.parquet", buffer.getvalue())
+    line.cut, line.cut_after = 2, 5_000
+    with storage.open_input(f"{folder}/t.parquet") as stream:
+        assert pq.ParquetFile(stream).read_row_group(17).equals(table.slice(17_000, 1000))
+    assert line.cut < 2
+
+
+def test_slow_answers_are_waited_for(folder: str, line: Line) -> None:
+    line.delay_s = 0.7
+    storage.write_bytes(f"{folder}/x", b"slow")
+    assert storage.read_bytes(f"{folder}/x") == b"slow"
+
+
+@pytest.mark.slow
+def test_a_server_that_is_killed_and_started_again_loses_no_write_and_no_read(folder: str, object_store: ObjectStore) -> None:
+    data = content(20 << 20)
+    storage.write_bytes(f"{folder}/read", data)
+    read: list[bytes] = []
+
+    def work(act: Callable[[], None]) -> threading.Thread:
+        thread = threading.Thread(target=act)
+        thread.start()
+        return thread
+
+    def read_slowly() -> None:
+        with storage.open_input(f"{folder}/read") as stream:
+            while block := stream.read(1 << 20):
+                read.append(block)
+                time.sleep(0.1)
+
+    def write_many() -> None:
+        for number in range(20):
+            storage.write_bytes(f"{folder}/many/{number}", bytes([number]) * 1000)
+            time.sleep(0.1)
+
+    threads = [work(read_slowly), work(write_many)]
+    time.sleep(0.7)
+    object_store.kill()
+    time.sleep(2)
+    object_store.start()
+    for thread in threads:
+        thread.join(timeout=120)
+    assert b"".join(read) == data
+    assert [storage.read_bytes(f"{folder}/many/{number}")[:1] for number in range(20)] == [bytes([n]) for n in range(20)]
+
+
+def test_a_store_that_never_answers_is_given_up_with_its_name(folder: str, line: Line, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DANLU_STORAGE_PATIENCE_S", "2")
+    line.refused = 10_000
+    with pytest.raises(OSError, match=r"has not answered for .* s .* tries"):
+        storage.read_bytes(f"{folder}/x")
+
+
+def test_wrong_credentials_and_missing_files_are_told_at_once(folder: str, line: Line, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(FileNotFoundError):
+        storage.read_bytes(f"{folder}/nothing")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
+    remote._s3.cache_clear()
+    answered = line.answered
+    with pytest.raises(OSError, match=r"ACCESS_DENIED|SIGNATURE"):
+        storage.read_bytes(f"{folder}/x")
+    assert line.answered - answered <= 4
+    remote._s3.cache_clear()
+
+
+def test_a_file_that_changes_while_it_is_read_is_an_error(folder: str, line: Line) -> None:
+    storage.write_bytes(f"{folder}/x", content(2 << 20))
+    with storage.open_input(f"{folder}/x") as stream:
+        stream.read(1 << 20)
+        storage.write_bytes(f"{folder}/x", b"another")
+        line.cut, line.cut_after = 4, 100
+        with pytest.raises(OSError, match="has changed while it was read"):
+            stream.read(1 << 20)
+
+
+def test_credentials_in_a_path_are_refused() -> None:
+    with pytest.raises(ValueError, match="belong in the environment") as refused:
+        storage.resolve("s3://key:secret@bucket/x")
+    assert "secret" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("message", "transient"),
+    [
+        ("AWS Error NETWORK_CONNECTION during HeadObject operation: curlCode: 7, Could not connect to server", True),
+        ("AWS Error SLOW_DOWN during PutObject operation", True),
+        ("AWS Error UNKNOWN (HTTP status 503) during HeadObject operation", True),
+        ("google::cloud::Status(UNAVAILABLE: Retry policy exhausted", True),
+        ("AWS Error ACCESS_DENIED during HeadObject operation (HTTP status 403)", False),
+        ("AWS Error NO_SUCH_BUCKET during PutObject operation", False),
+        ("Parquet magic bytes not found in footer", False),
+    ],
+)
+def test_only_what_may_pass_is_asked_again(message: str, transient: bool) -> None:
+    assert remote.is_transient(OSError(message)) is transient
+    assert not remote.is_transient(FileNotFoundError(message))
+
+
+def test_a_folder_has_one_holder_and_a_dead_one_is_succeeded(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lease, "SETTLE_S", 0.3)
+    monkeypatch.setattr(lease, "RENEW_S", 0.5)
+    lost: list[str] = []
+    first, second = lease.Lease(folder, lost.append), lease.Lease(folder, lost.append)
+    first.claim()
+    with pytest.raises(lease.LeaseHeld, match=r"process \d+ on \S+ \(last seen"):
+        second.claim()
+    first.release()
+    assert not storage.exists(f"{folder}/.lock")
+    second.claim()
+    monkeypatch.setattr(lease, "STALE_S", -1.0)  # as if it had been cut off for long
+    third = lease.Lease(folder, lost.append)
+    third.claim()
+    deadline = time.monotonic() + 30
+    while not lost and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert len(lost) == 1
+    second.release()
+    assert storage.exists(f"{folder}/.lock"), "what belongs to another holder stays"
+    third.release()
+    assert not storage.exists(f"{folder}/.lock")
+
+
+def test_of_many_claimants_at_once_one_holds(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lease, "SETTLE_S", 2.0)
+    held: list[lease.Lease] = []
+
+    def claim() -> None:
+        mine = lease.Lease(folder, lambda holder: None)
+        try:
+            mine.claim()
+        except lease.LeaseHeld:
+            return
+        held.append(mine)
+
+    threads = [threading.Thread(target=claim) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(held) == 1
+    held[0].release()
