@@ -273,10 +273,11 @@ def _check(parsed: argparse.Namespace) -> int:
 
 def _diagnose(parsed: argparse.Namespace) -> int:
     """Have a run's model answer a few dozen built-in prompts in English and Chinese, and tell what ails it: each symptom with
-    its number, its bound, the number of the model before, and a remedy. Writes diagnosis.json into the run."""
+    its number, its bound, the number of the model before, and a remedy. Writes diagnosis.json into the run, and its report anew."""
     import json
 
-    from pipelines.diagnose import diagnose
+    from pipelines.diagnose import diagnose, summary
+    from pipelines.report.build import build_report
 
     language: Any = parsed.lang or ("zh" if os.environ.get("LC_ALL", os.environ.get("LANG", "")).startswith("zh") else "en")
     found = diagnose(
@@ -284,15 +285,15 @@ def _diagnose(parsed: argparse.Namespace) -> int:
         base_directory=os.getcwd(), progress=lambda line: _ERR.print(line, markup=False),
     )  # fmt: skip
     symptoms = found["symptoms"]
+    report = build_report(storage.absolute(parsed.directory, os.getcwd()))
     if parsed.json:
         told = {**found, "symptoms": [symptom.as_json(language) for symptom in symptoms]}
         print(json.dumps(told, ensure_ascii=False, indent=1))
     else:
         for symptom in symptoms:
             _OUT.print(symptom.line(language), markup=False)
-        base = f", trained from {found['base']}" if found["base"] else ""
-        bad = sum(symptom.verdict == "bad" for symptom in symptoms)
-        _OUT.print(f"{found['stage']}{base}: {bad} of {len(symptoms)} symptoms", markup=False)
+        _OUT.print(summary(found, language), markup=False)
+        _OUT.print(report, markup=False)
     return 1 if parsed.strict and any(symptom.verdict == "bad" for symptom in symptoms) else 0
 
 

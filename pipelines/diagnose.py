@@ -1,12 +1,14 @@
 """Symptoms of a model made worse, measured on what a run's model says: each with number, bound, verdict and remedy.
 
 Replies are greedy, so the same model gives the same; they are kept under the run (`.diagnose/`), and a diagnosis that was
-broken off goes on where it stopped. The base is what the stage trained from: symptoms that it has too are no work of the stage.
+broken off goes on where it stopped. The base is what the stage trained from: what it shows as badly is no work of the stage, and
+its verdict is `inherited`.
 """
 
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
@@ -19,9 +21,9 @@ from cluster import storage
 from operators import shards
 from operators.config import SettingsError, nearest
 from operators.tables import content_hash
-from pipelines.report.view import RunView, StageView, load_run
+from pipelines.report.view import DIAGNOSIS_FILE, RunView, StageView, load_run
 from pipelines.stages.training import is_external
-from pipelines.symptom_texts import TEXTS
+from pipelines.symptom_texts import MEASURES, NOTES, TEXTS, VERDICTS
 from train.settings import is_shape
 
 if TYPE_CHECKING:
@@ -35,45 +37,60 @@ _SAMPLE_ROWS = 20_000  # training rows that replies and words are compared with
 _LEAST_WORDS = 2_000  # a vocabulary below this knows too little to call a word invalid
 _BATCH = 8  # prompts of one generation
 _VERSION = 1  # of the replies: raised when prompts are put otherwise
+_WORSE = 0.1  # by which a number that was bad before must be worse for the stage to have done it
+
+Verdict = Literal["ok", "bad", "inherited", "unmeasured"]
+Note = tuple[str, str]  # English, Chinese
+_BOTH = ("", "")
 
 
 @dataclass(frozen=True)
 class Symptom:
-    """One measure. `verdict`: ok, bad, or unmeasured (with `note` saying why); `before` is the base's number."""
+    """One measure. `verdict`: ok, bad, inherited (as bad in the base), or unmeasured (with `note` saying why); `before` is the
+    base's number."""
 
     code: str
-    verdict: Literal["ok", "bad", "unmeasured"]
+    verdict: Verdict
     value: float | None = None
     bound: float | None = None
     direction: Literal["above", "below"] = "above"  # on which side of the bound it is bad
     before: float | None = None
-    note: str = ""
+    note: Note = _BOTH
 
     def as_json(self, language: Language) -> dict[str, Any]:
-        """Everything, with name and remedy in a language."""
-        words = {key: TEXTS[self.code][key][0 if language == "en" else 1] for key in ("name", "remedy")}
-        return {**self.__dict__, **words}
+        """Everything, with name, remedy and note in a language."""
+        side = 0 if language == "en" else 1
+        words = {key: TEXTS[self.code][key][side] for key in ("name", "remedy")}
+        return {**self.__dict__, "note": self.note[side], **words}
 
     def line(self, language: Language) -> str:
-        """One line for the terminal; the remedy follows where the verdict is bad."""
-        name, remedy = (TEXTS[self.code][key][0 if language == "en" else 1] for key in ("name", "remedy"))
-        words = {"ok": ("ok", "正常"), "bad": ("BAD", "异常"), "unmeasured": ("not measured", "未测量")}
-        verdict = words[self.verdict][0 if language == "en" else 1]
+        """One line for the terminal; the remedy follows where the model is ill."""
+        side = 0 if language == "en" else 1
+        name, remedy = (TEXTS[self.code][key][side] for key in ("name", "remedy"))
+        verdict, colon = VERDICTS[self.verdict][side], (": ", "：")[side]
+        verdict += " " * (14 - sum(1 + (ord(char) > 0x2E7F) for char in verdict))
         if self.value is None:
-            return f"{verdict:<12} {name}: {self.note}"
+            return f"{verdict}{name}{colon}{self.note[side]}"
         sign = "<=" if self.direction == "above" else ">="
-        word = ", before" if language == "en" else "，训练前"
-        before = "" if self.before is None else f"{word} {self.before:.3g}"
-        note = f" ({self.note})" if self.note else ""
-        told = f"{verdict:<12} {name}: {self.value:.3g} ({sign} {self.bound:.3g}{before}){note}"
-        return told if self.verdict != "bad" else f"{told}\n             -> {remedy}"
+        before = "" if self.before is None else (", before {:.3g}", "，训练前 {:.3g}")[side].format(self.before)
+        open_, close = ((" (", ")"), ("（", "）"))[side]
+        note = f"{open_}{self.note[side]}{close}" if self.note[side] else ""
+        told = f"{verdict}{name}{colon}{self.value:.3g}{open_}{sign} {self.bound:.3g}{before}{close}{note}"
+        return f"{told}\n{' ' * 14}-> {remedy}" if self.verdict in ("bad", "inherited") else told
 
 
-def judged(code: str, value: float, bound: float, direction: Literal["above", "below"] = "above", **extra: Any) -> Symptom:
-    """A symptom with its verdict; values are rounded before they are compared."""
-    value = round(value, 6)
-    bad = value > bound if direction == "above" else value < bound
-    return Symptom(code, "bad" if bad else "ok", value, bound, direction, **extra)
+def judged(
+    code: str, value: float, bound: float, direction: Literal["above", "below"] = "above", *, before: float | None = None,
+    note: Note = _BOTH,
+) -> Symptom:  # fmt: skip
+    """A symptom with its verdict: `inherited` where the base was past the bound too and the value is worse by 0.1 at most.
+    Values are rounded before they are compared."""
+    value, before = round(value, 6), None if before is None else round(before, 6)
+    sign = 1 if direction == "above" else -1
+    verdict: Verdict = "bad" if sign * (value - bound) > 0 else "ok"
+    if verdict == "bad" and before is not None and sign * (before - bound) > 0 and sign * (value - before) <= _WORSE:
+        verdict = "inherited"
+    return Symptom(code, verdict, value, bound, direction, before, note)
 
 
 @dataclass
@@ -93,8 +110,8 @@ def diagnose(
 ) -> dict[str, Any]:  # fmt: skip
     """Measure the symptoms of a stage's model (default: the last that made one) and write RUN/diagnosis.json.
 
-    Returns {"stage", "base", "symptoms": [Symptom]}. Raises FileNotFoundError for no run, SettingsError for a stage that
-    made no model.
+    Returns {"stage", "base", "max_new_tokens", "symptoms": [Symptom]}. Raises FileNotFoundError for no run, SettingsError
+    for a stage that made no model.
     """
     run = load_run(run_directory)
     chosen = _chosen(run, stage)
@@ -114,11 +131,34 @@ def diagnose(
         strange = tuple(_nats(base_model, base_tokenizer, side.all) for side in (replies, earlier))
     found += symptoms_of(replies, earlier, strange, _training_texts(run, chosen), chat)
     result = {"stage": chosen.name, "base": before[0] if before else None, "max_new_tokens": max_new_tokens, "symptoms": found}
-    text = {**result, "symptoms": [{"en": s.as_json("en"), "zh": s.as_json("zh")} for s in found], "replies": replies.by_group}
-    storage.write_bytes(
-        storage.join(run.directory, "diagnosis.json"), json.dumps(text, ensure_ascii=False, indent=1, sort_keys=True).encode()
-    )
+    _keep(run, chosen, result, replies, earlier)
     return result
+
+
+def summary(found: dict[str, Any], language: Language) -> str:
+    """One line on a whole diagnosis."""
+    side = 0 if language == "en" else 1
+    counts = Counter(symptom.verdict for symptom in found["symptoms"])
+    told = _note("trained_from", base=found["base"]) if found["base"] else _BOTH
+    values = {"bad": counts["bad"], "total": len(found["symptoms"]), "inherited": counts["inherited"]}
+    return f"{found['stage']}{told[side]}{_note('counts', **values)[side]}"
+
+
+def _keep(run: RunView, view: StageView, result: dict[str, Any], replies: Replies, before: Replies | None) -> None:
+    """Put a diagnosis on file beside those of other stages."""
+    path = storage.join(run.directory, DIAGNOSIS_FILE)
+    kept = json.loads(storage.read_bytes(path)) if storage.exists(path) else {}
+    asked = [
+        {
+            "group": name, **probe, "reply": replies.by_group[name][place],
+            "before": before.by_group[name][place] if before else None,
+        }
+        for name, group in probes().items() for place, probe in enumerate(group)
+    ]  # fmt: skip
+    symptoms = [{"en": symptom.as_json("en"), "zh": symptom.as_json("zh")} for symptom in result["symptoms"]]
+    told = {**result, "model": _identity(view), "symptoms": symptoms, "replies": asked}
+    stages = {**kept.get("stages", {}), view.name: told}
+    storage.write_bytes(path, json.dumps({"stages": stages}, ensure_ascii=False, indent=1, sort_keys=True).encode())
 
 
 def symptoms_of(
@@ -136,27 +176,33 @@ def symptoms_of(
     if nats is not None:
         found.append(judged("strangeness", nats[0] - nats[1], 1.5))
     else:
-        found.append(Symptom("strangeness", "unmeasured", note="the model was not trained from another"))
+        found.append(Symptom("strangeness", "unmeasured", note=NOTES["no_base"]))
     vocabulary = symptoms.Vocabulary(training)
-    if len(vocabulary.known) >= _LEAST_WORDS and old is not None:
-        own = round(vocabulary.unknown(old), 6)
-        found.append(judged("invalid_words", vocabulary.unknown(texts) - own, 0.1, before=own))
+    if old is None:
+        found.append(Symptom("invalid_words", "unmeasured", note=NOTES["no_base"]))
+    elif len(vocabulary.known) < _LEAST_WORDS:
+        note = _note("few_words", known=len(vocabulary.known), needed=_LEAST_WORDS)
+        found.append(Symptom("invalid_words", "unmeasured", note=note))
     else:
-        why = f"{len(vocabulary.known)} words are known, {_LEAST_WORDS} are needed" if old is not None else "there is no base"
-        found.append(Symptom("invalid_words", "unmeasured", note=why))
+        own = vocabulary.unknown(old)
+        note = _note("own_share", share=own)
+        found.append(judged("invalid_words", vocabulary.unknown(texts) - own, 0.1, note=note))
 
     def compared(measure: Callable[[Sequence[str]], float]) -> float | None:
-        return None if old is None else round(measure(old), 6)
+        return None if old is None else measure(old)
 
     found.append(judged("broken_characters", symptoms.broken(texts), 0.02, before=compared(symptoms.broken)))
     found.append(judged("repetition", symptoms.repetition(texts), 0.3, before=compared(symptoms.repetition)))
     found.append(judged("diversity", symptoms.distinct(texts), 0.35, "below", before=compared(symptoms.distinct)))
     share, opening = symptoms.common_opening(texts)
-    earlier = None if old is None else round(symptoms.common_opening(old)[0], 6)
-    found.append(judged("rigid_opening", share, 0.25, before=earlier, note=opening))
-    found.append(judged("copied", symptoms.copied(texts, training), 0.25))
+    note = (f"“{opening}”",) * 2 if opening else _BOTH
+    earlier = compared(lambda items: symptoms.common_opening(items)[0])
+    found.append(judged("rigid_opening", share, 0.25, before=earlier, note=note))
+    found.append(
+        judged("copied", symptoms.copied(texts, training), 0.25, before=compared(lambda items: symptoms.copied(items, training)))
+    )
     if not chat:
-        why = "the model has no chat template"
+        why = NOTES["no_template"]
         return found + [
             Symptom(code, "unmeasured", note=why) for code in ("refusal", "format_json", "format_xml", "format_sql", "abstention")
         ]
@@ -173,6 +219,11 @@ def symptoms_of(
     value, was = pair("unanswerable", lambda items: symptoms.refusing(items)[1])
     found.append(judged("abstention", value, 0.5, "below", before=was))
     return found
+
+
+def _note(key: str, **values: Any) -> Note:
+    english, chinese = NOTES[key]
+    return english.format(**values), chinese.format(**values)
 
 
 def _chosen(run: RunView, stage: str | None) -> StageView:
@@ -254,11 +305,11 @@ def _general(run: RunView, view: StageView) -> Symptom:
         if row["after"] == view.name and row["lost"] is not None
     ]
     if not rows:
-        return Symptom(
-            "general_ability", "unmeasured", note="no evaluate stage compares it on `sets` with one before (docs/evaluation.md)"
-        )
+        return Symptom("general_ability", "unmeasured", note=NOTES["no_comparison"])
     worst = max(rows, key=lambda row: row["lost"])
-    note = f"{worst['set']}: {worst['before_value']:.4g} -> {worst['after_value']:.4g} {worst['measure']}"
+    values = f"{worst['set']}: {worst['before_value']:.4g} -> {worst['after_value']:.4g}"
+    english, chinese = MEASURES.get(worst["measure"], (worst["measure"],) * 2)
+    note = (f"{values} {english}", f"{values} {chinese}")
     return judged("general_ability", max(0.0, worst["lost"]), 0.05, note=note)
 
 
@@ -278,15 +329,16 @@ def _capacity(run: RunView, view: StageView) -> list[Symptom]:
     ]  # fmt: skip
     rank = config["lora"]["rank"]
     if not own:
-        return [Symptom("adapter_capacity", "unmeasured", note="the stage left no curve")]
+        return [Symptom("adapter_capacity", "unmeasured", note=NOTES["no_curve"])]
     last = _tail(own)
     for other in full:
         curve = [float(point["loss"]) for point in other.stats.get("curve", []) if "loss" in point]
         if curve:
-            note = f"rank {rank}: loss {last:.3f}, {other.name} with all weights {_tail(curve):.3f}"
+            note = _note("full_curve", rank=rank, own=last, other=other.name, loss=_tail(curve))
             return [judged("adapter_capacity", last / _tail(curve) - 1.0, 0.1, note=note)]
-    shape = f"; {symptoms.plateau(own):.0%} of the fall of the loss in its last third" if len(own) >= 9 else ""
-    note = f"rank {rank}, last loss {last:.3f}{shape}; the run has no full fine-tuning of the same inputs to compare with"
+    shape = _note("last_third", share=symptoms.plateau(own)) if len(own) >= 9 else _BOTH
+    english, chinese = _note("no_full_curve", rank=rank, own=last)
+    note = (english.replace("|", shape[0]), chinese.replace("|", shape[1]))
     return [Symptom("adapter_capacity", "unmeasured", note=note)]
 
 

@@ -1,4 +1,4 @@
-"""What `danlu diagnose` says of each symptom: its name and its remedy, in English and Chinese."""
+"""What `danlu diagnose` says of each symptom: its name, its remedy, its verdict and why it has none, in English and Chinese."""
 
 from __future__ import annotations
 
@@ -105,3 +105,38 @@ TEXTS: dict[str, dict[str, tuple[str, str]]] = {
         ),
     },
 }  # fmt: skip
+
+VERDICTS: dict[str, tuple[str, str]] = {
+    "ok": ("ok", "正常"),
+    "bad": ("BAD", "异常"),
+    "inherited": ("bad before", "训练前已有"),
+    "unmeasured": ("not measured", "未测量"),
+}
+
+MEASURES: dict[str, tuple[str, str]] = {"accuracy": ("accuracy", "准确率"), "loss": ("nats a token", "每词元奈特数")}
+
+NOTES: dict[str, tuple[str, str]] = {
+    "no_base": ("the model was not trained from another", "该模型并非由其他模型训练而来"),
+    "few_words": ("{known} words are known, {needed} are needed", "已知词 {known} 个，至少需要 {needed} 个"),
+    "own_share": ("the base's own share: {share:.3g}", "训练前模型自身占比：{share:.3g}"),
+    "no_template": ("the model has no chat template", "该模型没有对话模板"),
+    "no_comparison": (
+        "no evaluate stage compares it on `sets` with one before (docs/evaluation.md)",
+        "没有 evaluate 阶段用 `sets` 与训练前的模型比较（docs/evaluation.md）",
+    ),
+    "no_curve": ("the stage left no curve", "该阶段没有留下曲线"),
+    "full_curve": (
+        "rank {rank}: loss {own:.3f}; {other}, with all weights: {loss:.3f}",
+        "秩 {rank}：损失 {own:.3f}；全量训练的 {other}：{loss:.3f}",
+    ),
+    "no_full_curve": (
+        "rank {rank}, last loss {own:.3f}|; the run has no full fine-tuning of the same inputs to compare with",
+        "秩 {rank}，末段损失 {own:.3f}|；本次运行没有同样输入的全量微调可比",
+    ),
+    "trained_from": (", trained from {base}", "（由 {base} 训练而来）"),
+    "counts": (
+        ": {bad} of {total} measures are bad, {inherited} more were as bad before",
+        "：{total} 项中 {bad} 项异常，另有 {inherited} 项训练前已同样异常",
+    ),
+    "last_third": ("; {share:.0%} of the fall of the loss in its last third", "；损失降幅的 {share:.0%} 出现在最后三分之一"),
+}

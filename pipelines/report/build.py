@@ -23,6 +23,7 @@ from pipelines.report import (
     accounts,
     charts,
     corpus,
+    diagnosis,
     dialogues,
     differences,
     evaluation,
@@ -35,6 +36,7 @@ from pipelines.report import (
     training,
 )
 from pipelines.report.view import CHOOSING_KINDS, SYNTHESIS_KINDS, TRAINING_KINDS, RunView, StageView, load_run
+from pipelines.symptom_texts import VERDICTS
 
 _HERE = Path(__file__).parent
 MAX_CLUSTER_BINS = 24
@@ -68,12 +70,13 @@ def render(run: RunView) -> str:
     environment.globals.update(_functions(), **_readers())
     rows = accounts.accounts(run)
     usages, placed = resources.usages(run)
+    diagnosed = diagnosis.diagnoses(run)
     page = environment.get_template("page.jinja").render(
         run=run,
         policy=f"{_POLICY}; style-src 'sha256-{_hash(css)}'; script-src 'sha256-{_hash(script)}'",
         css=Markup(css),
         script=Markup(script),
-        sections=_sections(run),
+        sections=_sections(run, diagnosed),
         verdict=accounts.verdict(run),
         started=_moment(run.started),
         problems=accounts.stage_problems(run),
@@ -94,6 +97,8 @@ def render(run: RunView) -> str:
         training_panels=training.panels(run),
         training_kinds=TRAINING_KINDS,
         evaluate_stages=run.of_kind("evaluate"),
+        diagnoses=diagnosed,
+        verdicts=VERDICTS,
         usages=usages,
         usages_placed=placed,
         spendings=spending.spendings(run),
@@ -103,7 +108,7 @@ def render(run: RunView) -> str:
     return page
 
 
-def _sections(run: RunView) -> list[str]:
+def _sections(run: RunView, diagnosed: diagnosis.Diagnoses) -> list[str]:
     """Sections whose kinds of stage the recipe has, in reading order."""
     kinds = {stage.kind for stage in run.stages}
     wanted = {
@@ -116,13 +121,17 @@ def _sections(run: RunView) -> list[str]:
         "training": set(TRAINING_KINDS),
         "evaluation": {"evaluate"},
     }
-    return ["lineage", "ledger", *(key for key, needs in wanted.items() if needs & kinds), "resources", "recipe"]
+    found = [key for key, needs in wanted.items() if needs & kinds]
+    if diagnosed.found or diagnosed.problem:
+        found.append("diagnosis")
+    return ["lineage", "ledger", *found, "resources", "recipe"]
 
 
 def _functions() -> dict[str, Any]:
     """What templates may call."""
     return {
         "t": excerpts.translated,
+        "both": excerpts.both,
         "term": excerpts.term,
         "excerpt": excerpts.excerpt,
         "marked": excerpts.marked,

@@ -104,9 +104,13 @@ def sentence(key: str, language: int, **values: Any) -> Markup:
 
 def translated(key: str, **values: Any) -> Markup:
     """A message in both languages; the page shows the one that its reader has chosen."""
-    return Markup('<span class="en" lang="en">{}</span><span class="zh" lang="zh-CN">{}</span>').format(
-        sentence(key, 0, **values), sentence(key, 1, **values)
-    )
+    return both(sentence(key, 0, **values), sentence(key, 1, **values))
+
+
+def both(english: str, chinese: str) -> Markup:
+    """A text in both languages, of which the page shows one; plain strings are escaped."""
+    sides = [text if isinstance(text, Markup) else visible(text) for text in (english, chinese)]
+    return Markup('<span class="en" lang="en">{}</span><span class="zh" lang="zh-CN">{}</span>').format(*sides)
 
 
 def term(prefix: str, value: Any) -> Markup:

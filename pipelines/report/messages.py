@@ -108,6 +108,11 @@ MESSAGES: dict[str, tuple[str, str]] = {
         "The same held-out text and the same prompts for every model. The first model is what the others are compared with.",
         "所有模型使用同一份留出文本与同一批提示，以第一个模型为比较基准。",
     ),
+    "section.diagnosis": ("Symptoms", "症状"),
+    "section.diagnosis_lede": (
+        "What the replies of a model show, beside those of the model before. Bounds are rules of thumb (docs/evaluation.md).",
+        "模型回复所显示的症状，与训练前的模型并列。阈值为经验值（docs/evaluation.md）。",
+    ),
     "section.resources": ("Time and resources", "时间与资源"),
     "section.resources_lede": (
         "Where the time went, and on what machine.",
@@ -118,6 +123,22 @@ MESSAGES: dict[str, tuple[str, str]] = {
         "What was asked for, word for word. The same recipe gives the same result.",
         "本次运行的完整配方。同一配方得到同一结果。",
     ),
+    # diagnosis
+    "diagnosis.base": ("trained from {base}", "由 {base} 训练而来"),
+    "diagnosis.stale": (
+        "This is of an earlier model: {stage} has made another one since. Run danlu diagnose again.",
+        "这是较早模型的诊断：{stage} 此后已产出新的模型。请重新运行 danlu diagnose。",
+    ),
+    "diagnosis.counts": (
+        "{bad} bad, {inherited} as bad before training, {ok} ok, {unmeasured} not measured",
+        "异常 {bad} 项，训练前已有 {inherited} 项，正常 {ok} 项，未测量 {unmeasured} 项",
+    ),
+    "diagnosis.symptom": ("symptom", "症状"),
+    "diagnosis.verdict": ("verdict", "判定"),
+    "diagnosis.value": ("measured", "测得"),
+    "diagnosis.before": ("before", "训练前"),
+    "diagnosis.bound": ("bound", "阈值"),
+    "diagnosis.replies": ("Some of the replies", "部分回复"),
     # stage states
     "status.done": ("done", "完成"),
     "status.reused": ("reused", "沿用"),

@@ -12,6 +12,7 @@ from operators import shards
 CHOOSING_KINDS = ("score", "select", "mix")
 SYNTHESIS_KINDS = ("self_instruct", "evol_instruct", "document_instruct", "responses")
 TRAINING_KINDS = ("pretrain", "sft", "dpo", "kto", "reward", "grpo")
+DIAGNOSIS_FILE = "diagnosis.json"  # of a run, what `danlu diagnose` found out
 
 
 @dataclass(frozen=True)

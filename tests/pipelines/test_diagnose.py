@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 from operators import shards
 from operators.config import SettingsError
 from pipelines import diagnose
-from pipelines.symptom_texts import TEXTS
+from pipelines.symptom_texts import MEASURES, NOTES, TEXTS, VERDICTS
 
 HEALTHY = {
     "harmless": [
@@ -48,8 +49,21 @@ def test_a_sick_model_has_them_by_name_with_the_base_beside() -> None:
         "strangeness", "rigid_opening", "refusal", "format_json", "format_xml", "format_sql", "abstention", "broken_characters",
     }  # fmt: skip
     assert bad["refusal"].value == 1.0 and bad["refusal"].before == 0.0
-    assert bad["rigid_opening"].note == "i'm sorry but i"
+    assert bad["rigid_opening"].note == ("“i'm sorry but i”",) * 2
     assert "refusal_share" in bad["refusal"].line("en") and "拒绝无害请求" in bad["refusal"].line("zh")
+
+
+def test_what_was_as_bad_before_is_no_work_of_the_stage() -> None:
+    same = found(SICK, before=diagnose.Replies(SICK))
+    assert {symptom.verdict for symptom in same.values()} <= {"inherited", "ok", "unmeasured"}
+    assert same["refusal"].verdict == "inherited" and same["refusal"].line("zh").startswith("训练前已有")
+    assert "refusal_share" in same["refusal"].line("en"), "the remedy is told all the same"
+    told = {"stage": "chat", "base": "base", "symptoms": list(same.values())}
+    assert diagnose.summary(told, "en").startswith("chat, trained from base: 0 of ")
+    assert "训练前已同样异常" in diagnose.summary(told, "zh")
+    half = {**SICK, "harmless": [*HEALTHY["harmless"], *SICK["harmless"]]}
+    worse = found(SICK, before=diagnose.Replies(half))
+    assert worse["refusal"].verdict == "bad", "from half to all is the stage's work"
 
 
 def test_copied_replies_are_found_in_training_rows() -> None:
@@ -57,7 +71,7 @@ def test_copied_replies_are_found_in_training_rows() -> None:
         found(HEALTHY, training=["Boil the egg for six minutes and cool it.", *HEALTHY["unanswerable"]])["copied"].verdict == "ok"
     )
     texts = [text for group in HEALTHY.values() for text in group]
-    assert found(HEALTHY, training=texts)["copied"].verdict == "bad"
+    assert found(HEALTHY, training=texts, before=diagnose.Replies(SICK))["copied"].verdict == "bad"
 
 
 def test_what_cannot_be_measured_says_why() -> None:
@@ -66,6 +80,14 @@ def test_what_cannot_be_measured_says_why() -> None:
         "strangeness", "invalid_words", "refusal", "format_json", "format_xml", "format_sql", "abstention",
     }  # fmt: skip
     assert bare["refusal"].line("en").endswith("the model has no chat template")
+    assert bare["refusal"].line("zh").endswith("该模型没有对话模板")
+
+
+def test_verdicts_and_notes_are_there_in_both_languages() -> None:
+    for told in (*VERDICTS.values(), *MEASURES.values(), *NOTES.values()):
+        assert len(told) == 2 and all(told)
+        fields = [sorted(re.findall(r"\{(\w+)", text)) for text in told]
+        assert fields[0] == fields[1], told
 
 
 def test_every_symptom_has_a_name_and_a_remedy_in_both_languages() -> None:
@@ -106,7 +128,9 @@ def test_an_adapter_without_a_reference_curve_is_not_judged(tmp_path: Path) -> N
     lora = {"model": "base", "input": "talks", "lora": {"rank": 2}}
     view = diagnose.load_run(run_of(tmp_path, ("small", "sft", lora, curve(*[3.0] * 3, *[2.0] * 9))))
     [symptom] = diagnose._capacity(view, view.stage("small"))
-    assert symptom.verdict == "unmeasured" and "no full fine-tuning" in symptom.note
+    assert (
+        symptom.verdict == "unmeasured" and "no full fine-tuning" in symptom.note[0] and "没有同样输入的全量微调" in symptom.note[1]
+    )
 
 
 def test_general_ability_is_what_evaluations_before_and_after_say(tmp_path: Path) -> None:
@@ -114,7 +138,7 @@ def test_general_ability_is_what_evaluations_before_and_after_say(tmp_path: Path
     run = run_of(tmp_path, ("chat", "sft", {}, {}), ("scores", "evaluate", {}, {"changes": [{**row, "lost": 0.25}]}))
     view = diagnose.load_run(run)
     symptom = diagnose._general(view, view.stage("chat"))
-    assert symptom.verdict == "bad" and symptom.note == "general: 0.8 -> 0.6 accuracy"
+    assert symptom.verdict == "bad" and symptom.note == ("general: 0.8 -> 0.6 accuracy", "general: 0.8 -> 0.6 准确率")
 
 
 def test_a_stage_without_a_model_is_an_error_that_names_those_with(tmp_path: Path) -> None:
@@ -138,4 +162,5 @@ def test_a_real_small_model_is_diagnosed_and_replies_are_kept(tmp_path: Path) ->
     assert len(kept) == 2
     assert diagnose.diagnose(run, max_new_tokens=12)["symptoms"] == result["symptoms"]
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / ".diagnose").iterdir()} == kept
-    assert json.loads((tmp_path / "diagnosis.json").read_text("utf-8"))["stage"] == "chat"
+    kept_replies = json.loads((tmp_path / "diagnosis.json").read_text("utf-8"))["stages"]["chat"]["replies"]
+    assert len(kept_replies) == 38 and all(reply["reply"] == reply["before"] for reply in kept_replies)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from operators import shards
+from pipelines import diagnose
 from pipelines.report.build import build_report
 from pipelines.report.figures import number
 from tests.pipelines.report.fixture_run import ORDER, SCRIPT, build_run, read_record, write_record
@@ -315,3 +317,44 @@ def test_the_page_stays_small_when_a_stage_has_rejected_a_great_deal(tmp_path: P
     manifest["rejects"] = manifest["rejects"] * 500  # as many files
     path.write_text(json.dumps(manifest), "utf-8")
     assert len(_built(run)[0]) < 1.2 * len(html)
+
+
+def _diagnosed(run: Path, **changes: object) -> dict[str, Any]:
+    """A run with a diagnosis of `chat` on file."""
+    symptoms = [
+        diagnose.judged("repetition", 0.7, 0.3, before=0.1),
+        diagnose.judged("refusal", 0.5, 0.1, before=0.5, note=("<b>note</b>", "说明")),
+        diagnose.judged("copied", 0.0, 0.25),
+        diagnose.Symptom("invalid_words", "unmeasured", note=diagnose.NOTES["no_base"]),
+    ]
+    told = {
+        "stage": "chat", "base": "base", "model": _manifest(run, "chat").fingerprint,
+        "symptoms": [{"en": symptom.as_json("en"), "zh": symptom.as_json("zh")} for symptom in symptoms],
+        "replies": [{"group": "harmless", "lang": "zh", "text": "问", "reply": "<script>", "before": "以前"}], **changes,
+    }  # fmt: skip
+    (run / "diagnosis.json").write_text(json.dumps({"stages": {"chat": told}}))
+    return told
+
+
+def test_a_diagnosis_on_file_is_shown_with_its_remedies_in_both_languages(run_copy: Path) -> None:
+    _diagnosed(run_copy)
+    _, page = _built(run_copy)
+    section = page.by_id("diagnosis")
+    rows = [row.text() for row in section.all("tr")[1:]]
+    assert [next(word for word in ("BAD", "bad before", "not measured", "ok") if word in row) for row in rows] == [
+        "BAD", "bad before", "not measured", "ok",
+    ]  # fmt: skip
+    assert "fewer epochs" in rows[0] and "0.7" in rows[0] and "0.1" in rows[0]
+    chinese = section.text("zh")
+    assert "减少训练轮数" in chinese and "训练前已有" in chinese and "说明" in chinese and "fewer" not in chinese
+    assert "<b>note</b>" in section.text(), "escaped"
+    assert "<script>" in section.text() and not section.all("script")
+    assert "an earlier model" not in section.text()
+
+
+def test_a_diagnosis_of_an_earlier_model_says_so_and_a_damaged_one_breaks_nothing(run_copy: Path) -> None:
+    _diagnosed(run_copy, model="another")
+    assert "an earlier model" in _built(run_copy)[1].by_id("diagnosis").text()
+    for content in ("{", '{"stages": {"chat": {"stage": "chat"}}}', "[]"):
+        (run_copy / "diagnosis.json").write_text(content)
+        assert "diagnosis.json" in _built(run_copy)[1].by_id("diagnosis").text()
