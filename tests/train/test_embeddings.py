@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -12,10 +13,11 @@ import torch
 
 from operators.tokens import extend
 from operators.tokens.encode import Encoder
+from tests.train import group
 from tests.train.conftest import SHAPE, documents, pack
 from train import embeddings, models, pretrain
 from train.parallel import Workers
-from train.settings import ModelShape, PretrainJob, RowsInput
+from train.settings import ModelShape, ParallelSettings, PretrainJob, RowsInput
 
 
 @pytest.fixture(scope="module")
@@ -89,3 +91,48 @@ def test_pretraining_goes_on_with_more_tokens_than_the_model_had(
     again = PretrainJob(inputs=[RowsInput(name="tokens", directory=wider)], model=exported, steps=1)
     config = pretrain._configuration(again, *pretrain._open(again))
     assert config.vocab_size == size
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tied", [True, False])
+def test_grown_embeddings_train_under_every_layout_as_in_one_process(
+    tied: bool, packed: str, tokenizers: tuple[bytes, bytes], tmp_path: Path
+) -> None:
+    """An odd number of tokens, so that neither kind of cut is an even one; stopped once, and exported whole."""
+    old, new = tokenizers
+    document = json.loads(new)
+    if len(document["model"]["vocab"]) % 2 == 0:
+        document["model"]["merges"].pop()
+        document["model"]["vocab"].popitem()
+    file = tmp_path / "tokenizer.json"
+    file.write_text(json.dumps(document))
+    size = Encoder(file.read_bytes()).vocab_size
+    assert size % 2 and size > Encoder(old).vocab_size
+    wider = pack(tmp_path / "tokens" / "f0", file, documents(60), 64)
+    first = PretrainJob(
+        inputs=[RowsInput(name="tokens", directory=packed)],
+        model=ModelShape(**SHAPE, tie_embeddings=tied),
+        steps=4,
+        learning_rate=5e-3,
+    )
+    pretrain.run(first, str(tmp_path / "base"), Workers())
+
+    def job(**parallel: Any) -> PretrainJob:
+        return PretrainJob(
+            inputs=[RowsInput(name="tokens", directory=wider)], model=str(tmp_path / "base" / "model"), steps=8,
+            learning_rate=2e-3, checkpoint_every=4, parallel=ParallelSettings(**parallel),
+        )  # fmt: skip
+
+    alone = pretrain.run(job(), str(tmp_path / "one"), Workers())
+    layouts: dict[str, dict[str, Any]] = {"fsdp2": {"sharding": "fsdp2"}, "tensor": {"tensor": 2}}
+    plan = [group.entry(job(**layout), tmp_path / name, stop=5) for name, layout in layouts.items()]
+    plan += [group.entry(job(**layout), tmp_path / name) for name, layout in layouts.items()]
+    stopped, results = (lambda found: (found[:2], found[2:]))(group.run(plan, tmp_path, 2))
+    assert all("JobCancelled" in outcome["error"] for outcome in stopped), stopped
+    expected = models.load(str(tmp_path / "one" / "model")).state_dict()
+    for name, result in zip(layouts, results, strict=True):
+        assert [point["loss"] for point in result["curve"]] == pytest.approx([p["loss"] for p in alone["curve"]], abs=1e-4), name
+        found = models.load(str(tmp_path / name / "model"))
+        assert found.get_input_embeddings().weight.shape[0] == size  # type: ignore[union-attr]
+        for key, tensor in found.state_dict().items():
+            torch.testing.assert_close(tensor, expected[key], atol=1e-3, rtol=1e-2)

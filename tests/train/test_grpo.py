@@ -285,8 +285,11 @@ def test_two_workers_draw_the_replies_and_take_the_steps_of_one(small_model: str
             row["reply"] for row in replies(tmp_path / "one" / case)
         ]
         for name in ("loss", "reward", "kl", "gradient_norm"):
-            expected = [point[name] for point in one["curve"]]
-            assert [point[name] for point in two["curve"]] == pytest.approx(expected, abs=1e-4, rel=1e-3), (case, name)
+            # Rewards stand where replies were drawn: in the first step of each round.
+            expected = [point[name] for point in one["curve"] if name in point]
+            assert len(expected) == (2 if case == "rloo" and name in ("reward", "kl") else 4), (case, name)
+            found = [point[name] for point in two["curve"] if name in point]
+            assert found == pytest.approx(expected, abs=1e-4, rel=1e-3), (case, name)
         first, second = (models.load(str(tmp_path / number / case / "model")).state_dict() for number in ("one", "two"))
         for key, tensor in first.items():
             torch.testing.assert_close(second[key], tensor, atol=1e-4, rtol=1e-3)
@@ -297,8 +300,10 @@ def test_two_workers_draw_the_replies_and_take_the_steps_of_one(small_model: str
 def test_a_model_learns_to_answer_with_a_digit(small_model: str, sums: str, tmp_path: Path, algorithm: str) -> None:
     rewards = {"digit": {"check": "pattern", "pattern": r"\s*\d\s*"}, "partly": REWARDS["digit"], "ended": {"check": "finished"}}
     settings = job(
-        small_model, sums, algorithm=algorithm, steps=60, samples=8, batch_examples=4, learning_rate=2e-3, beta=0.0,
+        small_model, sums, algorithm=algorithm, steps=80, samples=8, batch_examples=4, learning_rate=2e-3, beta=0.0,
         max_new_tokens=6, rewards=rewards, checkpoint_every=50,
     )  # fmt: skip
     result = grpo.run(settings, str(tmp_path / "run"), Workers())
-    assert result["rewards"]["reward"]["last"] > result["rewards"]["reward"]["first"] + 1.0, result["rewards"]
+    rewards_found = result["rewards"]
+    assert rewards_found["reward"]["last"] > rewards_found["reward"]["first"] + 0.75, rewards_found
+    assert rewards_found["partly"]["first"] < 0.3 and rewards_found["partly"]["last"] > 0.7, rewards_found
