@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import socket
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from pipelines.stages.preferences import PreferencesStage
 from pipelines.stages.reinforcement import GrpoStage, RewardModelStage
 from tests.train.conftest import write_rows
 from tests.train.test_pretrain import taken
-from train import finetune, grpo, jobs, models, samples, sampling
+from train import checkpoint, finetune, grpo, jobs, models, samples, sampling
 from train.errors import JobCancelled
 from train.parallel import Workers
 from train.settings import RowsInput
@@ -141,6 +142,36 @@ def test_a_run_that_was_stopped_goes_on_with_the_same_replies(
     assert replies(tmp_path / "run") == replies(directory)
     first, second = (models.load(str(path / "model")).state_dict() for path in (directory, tmp_path / "run"))
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def killed_at_step_three(settings: GrpoJob, directory: str) -> None:
+    def report(done: int, total: int, note: str, metrics: dict[str, Any]) -> bool:
+        if done == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return False
+
+    torch.set_num_threads(1)
+    grpo.run(settings, directory, Workers(report=report))
+
+
+@pytest.mark.slow
+def test_a_run_that_was_killed_draws_the_same_replies_from_its_checkpoint_on(
+    trained: tuple[Path, dict[str, Any]], small_model: str, sums: str, tmp_path: Path
+) -> None:
+    directory, result = trained
+    settings = job(small_model, sums)
+    process = torch.multiprocessing.get_context("spawn").Process(
+        target=killed_at_step_three, args=(settings, str(tmp_path / "run"))
+    )
+    process.start()
+    process.join(timeout=600)
+    assert process.exitcode == -signal.SIGKILL
+    left = checkpoint.latest(str(tmp_path / "run" / "checkpoints"))
+    assert left is not None and left[0] == 2, "the third step's round is on file, its weights are not"
+    again = grpo.run(settings, str(tmp_path / "run"), Workers())
+    for point, expected in zip(again["curve"], result["curve"], strict=True):
+        assert {name: (value, expected[name]) for name, value in point.items() if value != expected[name]} == {}
+    assert replies(tmp_path / "run") == replies(directory)
 
 
 def test_the_first_loss_and_gradient_are_those_of_the_formula(small_model: str, sums: str, tmp_path: Path) -> None:
