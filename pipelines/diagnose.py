@@ -136,12 +136,13 @@ def diagnose(
 
 
 def summary(found: dict[str, Any], language: Language) -> str:
-    """One line on a whole diagnosis."""
+    """A line on a whole diagnosis, and one more where the model before had symptoms too."""
     side = 0 if language == "en" else 1
     counts = Counter(symptom.verdict for symptom in found["symptoms"])
     told = _note("trained_from", base=found["base"]) if found["base"] else _BOTH
     values = {"bad": counts["bad"], "total": len(found["symptoms"]), "inherited": counts["inherited"]}
-    return f"{found['stage']}{told[side]}{_note('counts', **values)[side]}"
+    line = f"{found['stage']}{told[side]}{_note('counts', **values)[side]}"
+    return f"{line}\n{NOTES['mend_before'][side]}" if counts["inherited"] else line
 
 
 def _keep(run: RunView, view: StageView, result: dict[str, Any], replies: Replies, before: Replies | None) -> None:

@@ -31,6 +31,11 @@ def units(text: str) -> list[str]:
     return [found.lower() for found in _UNIT.findall(unicodedata.normalize("NFKC", text))]
 
 
+def _spoken(text: str) -> list[str]:
+    """The units of a text; its marks where it has nothing else, for a model may answer with a row of dots."""
+    return units(text) or [char for char in text if not char.isspace()]
+
+
 def _grams(parts: Sequence[str], n: int) -> list[tuple[str, ...]]:
     return [tuple(parts[place : place + n]) for place in range(len(parts) - n + 1)]
 
@@ -40,7 +45,7 @@ def repetition(replies: Sequence[str], n: int = 4) -> float:
     section 6). Replies shorter than 8 units count as 0: they have no room to repeat themselves."""
     shares = []
     for reply in replies:
-        parts = units(reply)
+        parts = _spoken(reply)
         grams = _grams(parts, n) if len(parts) >= _SHORTEST else []
         shares.append(1 - len(set(grams)) / len(grams) if grams else 0.0)
     return float(np.mean(shares)) if shares else 0.0
@@ -48,7 +53,7 @@ def repetition(replies: Sequence[str], n: int = 4) -> float:
 
 def distinct(replies: Sequence[str], n: int = 2) -> float:
     """Distinct n-grams over all n-grams of all replies (distinct-n: Li et al. 2016); 1.0 where there is none."""
-    grams = [gram for reply in replies for gram in _grams(units(reply), n)]
+    grams = [gram for reply in replies for gram in _grams(_spoken(reply), n)]
     return len(set(grams)) / len(grams) if grams else 1.0
 
 
@@ -56,13 +61,13 @@ def common_opening(replies: Sequence[str], size: int = 4) -> tuple[float, str]:
     """The largest share of replies that begin with the same `size` units, and that opening; (0.0, "") where none is shared."""
     found: Counter[tuple[str, ...]] = Counter()
     for reply in replies:
-        parts = units(reply[:400])[:size]
+        parts = _spoken(reply[:400])[:size]
         if len(parts) == size:
             found[tuple(parts)] += 1
     if not found:
         return 0.0, ""
     opening, times = min(found.items(), key=lambda item: (-item[1], item[0]))
-    words = ("" if all(_HAN.match(part) for part in opening) else " ").join(opening)
+    words = ("" if all(_HAN.match(part) or not part.isalnum() for part in opening) else " ").join(opening)
     return (times / len(replies), words) if times > 1 else (0.0, "")
 
 

@@ -36,7 +36,7 @@ from pipelines.report import (
     training,
 )
 from pipelines.report.view import CHOOSING_KINDS, SYNTHESIS_KINDS, TRAINING_KINDS, RunView, StageView, load_run
-from pipelines.symptom_texts import VERDICTS
+from pipelines.symptom_texts import NOTES, VERDICTS
 
 _HERE = Path(__file__).parent
 MAX_CLUSTER_BINS = 24
@@ -94,11 +94,13 @@ def render(run: RunView) -> str:
         preference_stages=run.of_kind("preferences", "rankings"),
         training_stages=run.of_kind(*TRAINING_KINDS),
         training_summaries=training.summaries(run),
+        training_compared=training.compared(run),
         training_panels=training.panels(run),
         training_kinds=TRAINING_KINDS,
         evaluate_stages=run.of_kind("evaluate"),
         diagnoses=diagnosed,
         verdicts=VERDICTS,
+        mend_before=NOTES["mend_before"],
         usages=usages,
         usages_placed=placed,
         spendings=spending.spendings(run),

@@ -52,10 +52,15 @@ def diagnoses(run: RunView) -> Diagnoses:
 
 
 def _diagnosis(told: dict[str, Any], fingerprint: str | None) -> Diagnosis:
-    symptoms = [tuple({key: side[key] for key in _SYMPTOM} for side in (both["en"], both["zh"])) for both in told["symptoms"]]
+    symptoms = [(_copied(both["en"], _SYMPTOM), _copied(both["zh"], _SYMPTOM)) for both in told["symptoms"]]
     symptoms.sort(key=lambda pair: _ORDER[pair[0]["verdict"]])
     counts = {verdict: sum(english["verdict"] == verdict for english, _ in symptoms) for verdict in VERDICTS}
     # Spread over the groups and languages: every so many of those that were asked.
-    asked = [{key: reply[key] for key in _REPLY} for reply in told["replies"]]
+    asked = [_copied(reply, _REPLY) for reply in told["replies"]]
     step = max(1, len(asked) // _SHOWN)
     return Diagnosis(told["stage"], told["base"], counts, symptoms, asked[::step][:_SHOWN], told["model"] != fingerprint)
+
+
+def _copied(told: dict[str, Any], keys: tuple[str, ...]) -> dict[str, Any]:
+    """What the page shows; a KeyError here, not in its midst, where the file lacks it."""
+    return {key: told[key] for key in keys}

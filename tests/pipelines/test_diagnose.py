@@ -60,7 +60,7 @@ def test_what_was_as_bad_before_is_no_work_of_the_stage() -> None:
     assert "refusal_share" in same["refusal"].line("en"), "the remedy is told all the same"
     told = {"stage": "chat", "base": "base", "symptoms": list(same.values())}
     assert diagnose.summary(told, "en").startswith("chat, trained from base: 0 of ")
-    assert "训练前已同样异常" in diagnose.summary(told, "zh")
+    assert "训练前已同样异常" in diagnose.summary(told, "zh") and "更强的基座" in diagnose.summary(told, "zh")
     half = {**SICK, "harmless": [*HEALTHY["harmless"], *SICK["harmless"]]}
     worse = found(SICK, before=diagnose.Replies(half))
     assert worse["refusal"].verdict == "bad", "from half to all is the stage's work"

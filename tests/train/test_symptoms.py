@@ -89,3 +89,11 @@ def test_probes_are_in_both_languages_and_none_stands_twice() -> None:
     for group in probes.values():
         langs = [probe["lang"] for probe in group]
         assert langs.count("en") == langs.count("zh") == len(langs) / 2
+
+
+def test_a_row_of_marks_is_parroting_and_no_variety() -> None:
+    dots = ["." * 96] * 4
+    assert symptoms.repetition(dots) > 0.9
+    assert symptoms.distinct(dots) < 0.05
+    assert symptoms.common_opening(dots) == (1.0, "....")
+    assert symptoms.repetition(["……", "?!"]) == 0.0, "short ones have no room to repeat themselves"
