@@ -139,8 +139,8 @@ NOTES: dict[str, tuple[str, str]] = {
         "：{total} 项中 {bad} 项异常，另有 {inherited} 项训练前已同样异常",
     ),
     "mend_before": (
-        "what was bad before is mended in the model before: train that one longer, or start from a stronger one",
-        "训练前已有的问题应在训练前的模型上解决：将其训练得更久，或换用更强的基座",
+        "What was bad before is mended in the model before: train that one longer, or start from a stronger one.",
+        "训练前已有的问题应在训练前的模型上解决：将其训练得更久，或换用更强的基座。",
     ),
     "last_third": ("; {share:.0%} of the fall of the loss in its last third", "；损失降幅的 {share:.0%} 出现在最后三分之一"),
 }
