@@ -111,7 +111,8 @@ class Stage(Settings):
 
     version: ClassVar[int] = 1
     resource: ClassVar[str] = "cpu"
-    operational: ClassVar[frozenset[str]] = frozenset()  # settings that cannot change the result: not in the fingerprint
+    # Settings that cannot change the result, so not in the fingerprint; `a.b` is one within another.
+    operational: ClassVar[frozenset[str]] = frozenset()
 
     follows: ClassVar[bool] = False  # reads its inputs by `context.follow`, so it may start while they are still running
 
@@ -138,6 +139,13 @@ class Stage(Settings):
     def files_at(self, base_directory: str) -> list[str]:
         """As `files`, for a stage whose files name further files, which can only be found from where paths are relative to."""
         return self.files()
+
+    def refusal(self, directory: str) -> str | None:
+        """Why what this stage has made may not be used, if so: it counts as failed then, and what it made stays.
+
+        Asked whenever the stage has ended or is found finished, so an operational setting (a bound, say) can decide it.
+        """
+        return None
 
     def run(self, context: StageContext) -> None:
         """Write `context.directory` and end with `context.finish(...)`. Called again after a crash, it goes on."""

@@ -71,7 +71,7 @@ def plan(recipe: Recipe, run_directory: str, base_directory: str, limit: int | N
                 "kind": stage.kind,
                 "version": stage.version,
                 "tables": tables.SCHEMA_VERSION,
-                "config": {key: value for key, value in config.items() if key not in stage.operational},
+                "config": _deciding(config, stage.operational),
                 "seed": recipe.seed,
                 "limit": limit,
                 "files": identities,
@@ -81,3 +81,13 @@ def plan(recipe: Recipe, run_directory: str, base_directory: str, limit: int | N
         directory = storage.join(run_directory, name, fingerprint)
         nodes[name] = Node(name, stage, tuple(stage.input_names()), fingerprint, directory, config)
     return list(nodes.values())
+
+
+def _deciding(config: dict[str, Any], operational: frozenset[str]) -> dict[str, Any]:
+    """The settings without the operational ones, of which `a.b` is a setting within a setting."""
+    kept: dict[str, Any] = {}
+    for key, value in config.items():
+        inner = frozenset(name.removeprefix(f"{key}.") for name in operational if name.startswith(f"{key}."))
+        if key not in operational:
+            kept[key] = _deciding(value, inner) if inner and isinstance(value, dict) else value
+    return kept

@@ -15,7 +15,6 @@ from trl import DPOConfig, DPOTrainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from cluster import storage
-from operators.tokens import holdout
 from train import finetune, lora, models, reference, reference_free
 from train.finetune import ArrowSpool, Examples, Follow, PlannedTrainer
 from train.loader import IGNORE
@@ -211,10 +210,9 @@ def encode(job: DpoJob, tokenizer: PreTrainedTokenizerBase) -> Examples:
         kept_ids: list[str] = []
         kept_tokens: list[int] = []
         for batch in finetune.rows_of([item.directory], ["id", "prompt", "chosen", "rejected"]):
-            if job.held_out:
-                held = holdout.is_held_out(batch["id"], job.seed, job.held_out)
-                aside["held_out"] += int(held.sum())
-                batch = batch.filter(pa.array(~held))
+            held = finetune.held_out(item, batch["id"], job.seed, job.held_out)
+            aside["held_out"] += int(held.sum())
+            batch = batch.filter(pa.array(~held))
             batch = finetune.without_control_tokens(batch, ["prompt", "chosen", "rejected"], tokenizer, aside)
             columns: dict[str, list[list[int]]] = {"prompt_ids": [], "chosen_ids": [], "rejected_ids": []}
             for key, prompt, chosen, rejected in zip(batch["id"].to_pylist(), *encode_pairs(tokenizer, batch), strict=True):

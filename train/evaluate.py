@@ -5,6 +5,7 @@ Documents, pairs and prompts are divided among the workers; every number is put 
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ from train import dpo, evaluation_sets, finetune, models, retention, samples
 from train.errors import JobCancelled
 from train.parallel import Workers
 from train.scoring import Row, log_probabilities
-from train.settings_evaluate import EvaluateJob, NamedModel, ScoredSet
+from train.settings_evaluate import RETENTION, EvaluateJob, NamedModel, ScoredSet
 
 ALL = "*"
 """Stands for every language or every source in a row of the perplexity table."""
@@ -41,6 +42,19 @@ SCORES = pa.schema(
         pa.field("tokens", pa.int64(), nullable=False),
         pa.field("value", pa.float64(), nullable=False),  # summed negative log-likelihood in nats; chosen less rejected; 1 is right
         pa.field("set", pa.string(), nullable=False),  # of `sets`, else empty
+    ]
+)
+
+MATRIX = pa.schema(
+    [
+        pa.field("order", pa.int64(), nullable=False),  # of the fine-tune in the chain, from 0
+        pa.field("model", pa.string(), nullable=False),
+        pa.field("task", pa.int64(), nullable=False),  # the fine-tune that was to learn this set
+        pa.field("set", pa.string(), nullable=False),
+        pa.field("measure", pa.string(), nullable=False),
+        pa.field("score", pa.float64(), nullable=False),  # accuracy, or minus nats a token: larger is better
+        pa.field("learnt", pa.float64()),  # the score right after that fine-tune; null before it
+        pa.field("forgotten", pa.float64()),  # the best score since then less this one; null before it
     ]
 )
 
@@ -96,8 +110,11 @@ def run(job: EvaluateJob, directory: str, workers: Workers) -> dict[str, Any]:
             writer = shards.UnitWriter(directory, 0)
             writer.write(pa.Table.from_pylist(everything, schema=SCORES))
             writer.commit(Ledger(created=len(everything), kept=len(everything)))
+        tables = summary(job, everything)
+        if job.retention:
+            _write_matrix(storage.join(directory, RETENTION), tables["retention"], tables["sets"])
         result = {
-            **summary(job, everything),
+            **tables,
             "samples": [
                 {"prompt": prompt.text, "lang": prompt.lang, "replies": answered[index]} for index, prompt in enumerate(job.prompts)
             ],
@@ -106,6 +123,25 @@ def run(job: EvaluateJob, directory: str, workers: Workers) -> dict[str, Any]:
         return samples.write_result(directory, result)
 
     return workers.share(workers.on_first(write))
+
+
+def _write_matrix(path: str, found: dict[str, Any], scored: Sequence[dict[str, Any]]) -> None:
+    """The retention matrix, one row a cell (see MATRIX)."""
+    measures = {row["set"]: row["measure"] for row in scored}
+    rows = []
+    for place, (model, line) in enumerate(zip(found["models"], found["scores"], strict=True)):
+        for number, (name, value) in enumerate(zip(found["sets"], line, strict=True)):
+            best = max(other[number] for other in found["scores"][number : place + 1]) if place >= number else None
+            rows.append(
+                {
+                    "order": place, "model": model, "task": number, "set": name, "measure": measures[name], "score": value,
+                    "learnt": found["scores"][number][number] if place >= number else None,
+                    "forgotten": round(best - value, 6) if best is not None else None,
+                }
+            )  # fmt: skip
+    stream = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist(rows, schema=MATRIX), stream, compression="zstd")
+    storage.write_bytes(path, stream.getvalue())
 
 
 def summary(job: EvaluateJob, scores: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -320,10 +356,7 @@ def _pair_scores(
         prompts, *replies = dpo.encode_pairs(tokenizer, batch)
         sides = []
         for side in replies:
-            # A prompt too long for the context loses its beginning, never the reply.
-            heads = [prompt[-max(1, length - len(answer)) :] for prompt, answer in zip(prompts, side, strict=True)]
-            whole = [np.array((head + answer)[:length], np.int64) for head, answer in zip(heads, side, strict=True)]
-            rows = [Row(ids, np.arange(len(ids)) >= len(head)) for ids, head in zip(whole, heads, strict=True)]
+            rows = [evaluation_sets.pair_row(prompt, answer, length) for prompt, answer in zip(prompts, side, strict=True)]
             sides.append(log_probabilities(model, rows, job.batch_tokens, device))
         langs = batch["lang"].fill_null("").to_pylist()
         for number, key in enumerate(batch["id"].to_pylist()):

@@ -36,11 +36,13 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from cluster import storage
 from operators import shards
+from operators.tokens import holdout
 from train import adapters, artifacts, checkpoint, models, samples, sharding, snapshots
 from train.errors import JobCancelled, NonFiniteLoss
 from train.lora import adapter_config as adapter_config
 from train.mixture import Mixture
 from train.parallel import Workers
+from train.settings import RowsInput
 from train.settings_finetune import FinetuneJob
 
 J = TypeVar("J", bound=FinetuneJob)
@@ -113,6 +115,17 @@ def without_control_tokens(
         return batch
     aside["special_token_in_text"] += int((~keep).sum())
     return batch.filter(pa.array(keep))
+
+
+def held_out(item: RowsInput, ids: pa.Array | Sequence[str], seed: int, share: float = 0.0) -> np.ndarray:
+    """bool[rows]: the rows of an input that are not trained on: `share` of all inputs, or the input's own where that is more."""
+    return holdout.is_held_out(ids, seed, max(share, item.held_out))
+
+
+def kept_shares(job: FinetuneJob) -> dict[str, float]:
+    """The share of each input that is not trained on, where there is any."""
+    share = float(getattr(job, "held_out", 0.0))
+    return {item.name: max(share, item.held_out) for item in job.inputs if max(share, item.held_out)}
 
 
 class ArrowSpool:
@@ -458,11 +471,14 @@ def complete(
     trainer.workers, trainer.root = workers, root
     follow.penalties = tuple(trainer.penalties)
     follow.keep = lambda step: _keep_best(trainer, root, step, workers)
+    compared = _compared(trainer, job, directory, workers)
     train(trainer, follow, root, workers, trainer.announcement(plan(job, examples, mixture)))
     if follow.best is not None:
         best = storage.join(root, f"best-{follow.best['step']}")
         workers.together(lambda: snapshots.load(artifacts.local_directory(best), sharding.trained(trainer.model), None))
     more = trainer.finale()
+    if compared is not None:
+        more["evaluation"] = compared()
     sharding.gather(trainer.model, keep=workers.first)
     # What was learned after an early stop is nothing: the job is as long as it was.
     done = job.model_copy(update={"steps": follow.curve[-1]["step"]}) if follow.exhausted else job
@@ -476,6 +492,20 @@ def complete(
     result = workers.on_first(write)
     workers.on_first(lambda: storage.delete(root))
     return dict(workers.share(result))
+
+
+def _compared(trainer: Any, job: FinetuneJob, directory: str, workers: Workers) -> Callable[[], dict[str, Any]] | None:
+    """Score the model as it is, if that is asked for; what is returned scores it again and tells what was gained and lost."""
+    if job.comparison is None:
+        return None
+    from train.comparison import Compared, scorer  # which encodes rows as the trainers of this package do
+
+    config, tokenizer = trainer.model.config, trainer.processing_class
+    length = int(config.get_text_config().max_position_embeddings)
+    identity = {"precision": job.precision, "quantize": job.lora.quantize if job.lora is not None else "none"}
+    compared = Compared(job.comparison, job.model, job.seed, directory, workers, identity)
+    compared.before(lambda: scorer(trainer.model, workers, job.precision, bare=True), tokenizer, length)
+    return lambda: compared.after(scorer(trainer.model, workers, job.precision), tokenizer, length)
 
 
 def _keep_best(trainer: Any, root: str, step: int, workers: Workers) -> None:
@@ -551,6 +581,7 @@ def outcome(
         "parameters": parameters,
         "trainable_parameters": trainable,
         "set_aside": examples.set_aside,
+        **({"held_out_shares": shares} if (shares := kept_shares(job)) else {}),
         **({"best": follow.best, "stopped_early": follow.exhausted} if follow.best is not None else {}),
         "timings": {
             "step_seconds": follow.seconds,

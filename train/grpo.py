@@ -557,7 +557,9 @@ def encode(job: GrpoJob, tokenizer: PreTrainedTokenizerBase) -> Prompts:
         kept_ids: list[str] = []
         kept_tokens: list[int] = []
         for batch in finetune.rows_of([item.directory], columns):
-            batch = finetune.without_control_tokens(batch, ["messages"], tokenizer, aside)
+            held = finetune.held_out(item, batch["id"], job.seed)
+            aside["held_out"] += int(held.sum())
+            batch = finetune.without_control_tokens(batch.filter(pa.array(~held)), ["messages"], tokenizer, aside)
             rows = batch.to_pydict()
             prompts, references, keys = [], [], []
             for number, (key, messages) in enumerate(zip(rows["id"], rows["messages"], strict=True)):

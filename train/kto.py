@@ -157,6 +157,10 @@ def encode(job: KtoJob, tokenizer: PreTrainedTokenizerBase) -> Examples:
         kept_tokens: list[int] = []
         try:
             for batch in finetune.rows_of([item.directory], ["id", "messages", "tools", "label"]):
+                held = finetune.held_out(item, batch["id"], job.seed)
+                if held.any():
+                    aside["held_out"] += int(held.sum())
+                    batch = batch.filter(pa.array(~held))
                 clean = finetune.without_control_tokens(batch, ["messages"], tokenizer, aside)
                 rows = [row for row in clean.to_pylist() if _usable(row, aside)]
                 columns: dict[str, list[Any]] = {"prompt_ids": [], "completion_ids": [], "label": []}

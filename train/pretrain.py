@@ -13,13 +13,14 @@ import json
 import math
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import pyarrow.parquet as pq
 import torch
+from torch.distributed.fsdp import FSDPModule
 from transformers import AutoConfig
 from transformers.modeling_utils import PreTrainedModel
 
@@ -29,11 +30,15 @@ from operators.config import parse
 from train import adapters, checkpoint, embeddings, ewc, flops, layout, models, samples
 from train.errors import JobCancelled, NonFiniteLoss
 from train.layout import Layout, Penalty
-from train.loader import PackedTokens, TokenLoader, micro_batches, rank_positions, tokenizer_file
+from train.loader import IGNORE, Batch, PackedTokens, TokenLoader, micro_batches, rank_positions, tokenizer_file
 from train.objective import PackedLoss, prepare
 from train.parallel import Workers
+from train.scoring import Row
 from train.settings import PretrainJob
 from train.tracking import Tracked
+
+if TYPE_CHECKING:
+    from train.comparison import Score
 
 _CURVE_POINTS = 5000
 _NAMED_ROWS, _NAMED_DOCUMENTS = 32, 3
@@ -60,19 +65,21 @@ def run(job: PretrainJob, directory: str, workers: Workers) -> dict[str, Any]:
     place = layout.set_up(layout.choose(job, workers, config))
     resumes = bool(workers.share(workers.on_first(lambda: checkpoint.newest(root) is not None)))
     objective = _placed(job, loader, tokenizer, place, resumes)
+    compared = _compared(job, directory, place, objective, tokenizer, loader.length, resumes and place.cut)
     training = _Training(job, root, place, loader, objective)
     try:
         training.resume()
         training.train()
     finally:
         training.close()
+    evaluation = {"evaluation": compared()} if compared is not None else {}
     model = layout.gathered(objective.network, place)
 
     def write() -> dict[str, Any]:
         assert model is not None
         models.export(model, tokenizer, storage.join(directory, "model"))
         samples.write(directory, samples.pretraining(loader, training.steps, job.batch_sequences))
-        return samples.write_result(directory, training.result())
+        return samples.write_result(directory, {**training.result(), **evaluation})
 
     result = workers.share(workers.on_first(write))
     workers.on_first(lambda: storage.delete(root))
@@ -145,6 +152,83 @@ def _placed(job: PretrainJob, loader: TokenLoader, tokenizer: Any, place: Layout
     if source is not None:
         cut.network.generation_config = source.generation_config
     return cut
+
+
+def _compared(
+    job: PretrainJob, directory: str, place: Layout, objective: PackedLoss, tokenizer: Any, length: int, empty: bool
+) -> Callable[[], dict[str, Any]] | None:
+    """Score the model as it is, if that is asked for; what is returned scores it again and tells what was gained and lost.
+
+    An `empty` network was given no weights, because it takes a checkpoint's: its scores before must be on file.
+    """
+    if job.comparison is None:
+        return None
+    # Which encodes rows as fine-tuning does: TRL's imports take seconds.
+    from train.comparison import Compared, scorer
+
+    if not isinstance(job.model, str):
+        raise ValueError("a model from scratch has no scores before; leave `comparison` out")
+    workers = place.workers
+    most = min(length, int(objective.network.config.max_position_embeddings))
+    compared = Compared(job.comparison, job.model, job.seed, directory, workers, {"precision": job.precision, "packed": True})
+    found = workers.together(lambda: _tokenizers(job))
+    if found is not None and embeddings.pieces(*found):
+        # The rows that were added to the embedding are no part of the model before, which is asked in its own tokens.
+        own = workers.together(lambda: models.load_tokenizer(str(job.model)))
+        compared.cut(own, min(most, job.comparison.length))
+
+        def before() -> Score:
+            model: Any = workers.together(lambda: models.load(str(job.model)))
+            return scorer(model.to(workers.device), workers, job.precision)
+
+        compared.before(before, own, most)
+    else:
+
+        def now() -> Score:
+            if empty:
+                raise ValueError(f"{directory}/evaluation/before.json is not there or of other sets, and training has begun")
+            return _scorer(job, place, objective, length)
+
+        compared.before(now, tokenizer, most)
+    return lambda: compared.after(_scorer(job, place, objective, length), tokenizer, most)
+
+
+def _scorer(job: PretrainJob, place: Layout, objective: PackedLoss, length: int) -> Score:
+    """Log-probabilities by the model as it lies over the workers, one row a pass."""
+    workers = place.workers
+    device = workers.device
+    dtype = torch.bfloat16 if job.precision == "bf16" else torch.float32
+
+    def score(rows: Sequence[Row]) -> np.ndarray:
+        found = torch.zeros(len(rows), dtype=torch.float64, device=device)
+        training = objective.training
+        objective.eval()
+        # All workers call a cut model alike: one without a row of its own does the last one again.
+        for number in range(-(-len(rows) // place.data)):
+            index = number * place.data + place.data_rank
+            batch = single(rows[min(index, len(rows) - 1)], length if job.compile or device.type == "cuda" else None)
+            with torch.no_grad(), layout.autocast(place, job.precision):
+                _, parts = objective(**prepare(batch, slice(0, 1), device, dtype))
+            if index < len(rows):
+                found[index] = -parts["cross_entropy"].double()
+        objective.train(training)
+        if isinstance(objective, FSDPModule):
+            objective.reshard()  # the root stays whole after a forward pass that no backward pass follows
+        return np.asarray((workers.sum(found) / place.tensor).cpu().numpy())
+
+    return score
+
+
+def single(row: Row, width: int | None) -> Batch:
+    """A packed row of one document, its labels where it is scored; padded to `width` (a compiled model is asked of one shape)."""
+    size = max(len(row.ids), width or 0)
+    ids, positions, labels = np.zeros((3, 1, size), np.int32)
+    count = len(row.ids)
+    ids[0, :count], positions[0, :count] = row.ids, np.arange(count)
+    positions[0, count:] = np.arange(size - count)
+    labels[:] = IGNORE
+    labels[0, : count - 1] = np.where(row.scored[1:], row.ids[1:], IGNORE)
+    return Batch(ids, positions, labels, row.count)
 
 
 class _Training:

@@ -18,7 +18,6 @@ from trl import RewardConfig, RewardTrainer
 from trl.trainer.reward_trainer import DataCollatorForPreference
 
 from cluster import storage
-from operators.tokens import holdout
 from train import adapters, finetune, lora, models, templates
 from train.finetune import ArrowSpool, Examples, Follow, PlannedTrainer
 from train.parallel import Workers
@@ -207,7 +206,7 @@ def encode(job: RewardModelJob, tokenizer: PreTrainedTokenizerBase) -> Examples:
             taken: dict[str, list[Any]] = {name: [] for name in names}
             kept: dict[str, list[Any]] = {name: [] for name in names}
             rows = batch.to_pydict()
-            held_out = holdout.is_held_out(batch["id"], job.seed, job.held_out)
+            held_out = finetune.held_out(item, batch["id"], job.seed, job.held_out)
             pairs = encode_pairs(tokenizer, rows)
             for key, held, pair, margin in zip(rows["id"], held_out.tolist(), pairs, rows["margin"], strict=True):
                 if pair is None:

@@ -9,6 +9,7 @@ from pydantic import Field, field_validator, model_validator
 
 from operators.config import Settings
 from train.schedule import Schedule
+from train.settings_evaluate import Comparison
 
 NAMED_SHAPE = "shape:"
 """Before the name of a shape that comes along, where a model is asked for."""
@@ -67,6 +68,7 @@ class RowsInput(Settings):
     directory: str = Field(description="The stage's directory, absolute or a URI.")
     weight: float = Field(default=1.0, gt=0, description="Share of the mixture, on any scale.")
     loss_weight: float = Field(default=1.0, gt=0, description="What the loss of its tokens counts, apart from how often they come.")
+    held_out: float = Field(default=0.0, ge=0, lt=1, description="Share of its rows, drawn by id and seed, not trained on.")
 
 
 class Share(Settings):
@@ -74,6 +76,15 @@ class Share(Settings):
 
     weight: float = Field(gt=0, description="Share of the mixture, on any scale.")
     loss_weight: float = Field(default=1.0, gt=0, description="What the loss of its tokens counts, apart from how often they come.")
+    general: bool | None = Field(
+        default=None,
+        description="It is rehearsed to keep general ability, which its held-out rows measure before and after. Default: documents "
+        "of an sft stage are.",
+    )
+
+    def told(self) -> dict[str, float]:
+        """What a RowsInput is told of it."""
+        return {"weight": self.weight, "loss_weight": self.loss_weight}
 
 
 class EwcTerm(Settings):
@@ -182,6 +193,8 @@ class PretrainSettings(OptimizerSettings):
 
 class PretrainJob(PretrainSettings):
     """Everything a pretraining run depends on."""
+
+    comparison: Comparison | None = Field(default=None, description="What the model is scored on before and after.")
 
     inputs: list[RowsInput] = Field(min_length=1, description="Packed corpora with their shares of tokens.")
     model: ModelShape | str = Field(

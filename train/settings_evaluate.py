@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field
 
 from operators.config import Settings
+
+RETENTION = "retention.parquet"
+"""The matrix of a chain of fine-tunes, in the directory of an evaluation."""
 
 
 class NamedModel(Settings):
@@ -24,13 +27,13 @@ class Prompt(Settings):
 
 
 class ScoredSet(Settings):
-    """A named held-out set: rows of finished stages, or questions with choices in JSON Lines."""
+    """A named held-out set: rows of finished stages (conversations, documents, preference pairs), or questions with choices."""
 
     name: str = Field(description="As tables and bounds name it.")
     measure: Literal["loss", "accuracy"] = Field(
-        description="`loss`: nats a token, of replies or of documents; `accuracy`: of choices."
+        description="`loss`: nats a token, of replies or of documents; `accuracy`: of choices, or of chosen over rejected replies."
     )
-    inputs: list[str] = Field(default=[], description="Directories of stages with conversations or documents.")
+    inputs: list[str] = Field(default=[], description="Directories of stages with conversations, documents or preference pairs.")
     choices: list[str] = Field(default=[], description="Files of questions with choices, absolute or URIs.")
     held_out: float = Field(default=0.0, ge=0, le=1, description="Share of rows that training kept out; 0 scores all.")
     max_rows: int = Field(default=500, ge=1, description="Rows scored at most, drawn by a hash of their id.")
@@ -44,6 +47,32 @@ class TrainedOn(Settings):
     input: str = Field(description="The stage it read.")
     directory: str = Field(description="That stage's directory.")
     held_out: float = Field(default=0.0, ge=0, lt=1, description="Share of the rows it did not train on.")
+
+
+class ComparedSet(ScoredSet):
+    """A set that a fine-tune is scored on before and after."""
+
+    role: Literal["general", "domain"] = Field(description="What is to be kept, or what is to be learnt.")
+    automatic: bool = Field(
+        default=False,
+        description="Nobody asked for it: rows that training holds elsewhere word for word are left out, not refused.",
+    )
+    source: dict[str, Any] = Field(default={}, description="How the recipe names it; told again in the result.")
+
+
+class Comparison(Settings):
+    """What a training job scores its model on before the first step and after the last."""
+
+    sets: list[ComparedSet] = Field(min_length=1, description="Sets of general ability and of the domain.")
+    own: list[TrainedOn] = Field(default=[], description="What the job itself trains on: no set may hold any of it.")
+    earlier: list[TrainedOn] = Field(
+        default=[], description="What the model was trained on before: no set that was asked for may hold any of it."
+    )
+    bounded: bool = Field(default=False, description="What is lost is bounded: there must be rows of a general set.")
+    length: int = Field(default=512, ge=2, description="Longest row in tokens; a model's own limit may be shorter.")
+    cache: str | None = Field(
+        default=None, description="Where scores of models before training are kept for other runs. Default: with the job."
+    )
 
 
 class EvaluateSettings(Settings):

@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 
 from operators.config import Settings
 from train.settings import EwcTerm, OptimizerSettings, RowsInput
+from train.settings_evaluate import Comparison
 
 
 class LoraSettings(Settings):
@@ -89,6 +90,7 @@ class FinetuneJob(FinetuneSettings):
     inputs: list[RowsInput] = Field(min_length=1, description="Inputs with their weights.")
     seed: int = Field(default=0, description="Of the adapters' initial weights and the order of samples.")
     most_steps: int | None = Field(default=None, ge=1, description="A trial run's limit: no more steps than this.")
+    comparison: Comparison | None = Field(default=None, description="What the model is scored on before and after.")
 
     @property
     def planned_steps(self) -> int:

@@ -194,12 +194,17 @@ def encode(job: SftJob, tokenizer: PreTrainedTokenizerBase) -> Examples:
         for keys, encoded in _rows(item.directory, job.max_length, tokenizer, aside):
             taken: dict[str, list[Any]] = {name: [] for name in _ENCODED.names}
             kept: dict[str, list[Any]] = {name: [] for name in _ENCODED.names}
-            held_out = holdout.is_held_out(keys, job.seed, job.held_out)
-            for key, held, (input_ids, labels) in zip(keys, held_out.tolist(), encoded, strict=True):
+            measured = holdout.is_held_out(keys, job.seed, job.held_out)
+            apart_rows = finetune.held_out(item, keys, job.seed, job.held_out)
+            marks = zip(apart_rows.tolist(), measured.tolist(), strict=True)
+            for key, (held, early), (input_ids, labels) in zip(keys, marks, encoded, strict=True):
                 cut = [IGNORE, *labels[1 : job.max_length]]  # nothing foretells the first token
                 count = sum(label != IGNORE for label in cut)
                 if not count:
                     aside["no_assistant_turn" if count == sum(label != IGNORE for label in labels) else "prompt_too_long"] += 1
+                    continue
+                if held and not early:
+                    aside["held_out"] += 1  # scored before and after, and no part of the held-out loss
                     continue
                 columns = kept if held else taken
                 columns["input_ids"].append(input_ids[: job.max_length])

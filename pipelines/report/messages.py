@@ -357,6 +357,33 @@ MESSAGES: dict[str, tuple[str, str]] = {
     "training.accuracy": ("Accuracy", "准确率"),
     "training.mixture": ("Mixture, samples by input", "数据配比（按输入计样本）"),
     "training.set_aside": ("Examples set aside", "搁置的样本"),
+    "training.compared": ("Before and after", "训练前后对比"),
+    "training.compared_note": (
+        "Scored on held-out rows by the model before the first step and after the last. Lost or gained: of accuracy, or of "
+        "1/perplexity.",
+        "在第一步之前与最后一步之后，对留出数据打分。得失指准确率或困惑度倒数的相对变化。",
+    ),
+    "training.general": ("general", "通用"),
+    "training.domain": ("domain", "领域"),
+    "training.gained": (
+        "{set}: gained {share} ({before} before, {after} after, {rows} rows).",
+        "{set}：提升 {share}（训练前 {before}，训练后 {after}，{rows} 行）。",
+    ),
+    "training.lost": (
+        "{set}: lost {share} ({before} before, {after} after, {rows} rows).",
+        "{set}：下降 {share}（训练前 {before}，训练后 {after}，{rows} 行）。",
+    ),
+    "training.bound": (
+        "General ability may lose {bound} at most: {verdict}.",
+        "通用能力最多允许下降 {bound}：{verdict}。",
+    ),
+    "training.within": ("kept", "未超出"),
+    "training.beyond": ("lost more, so the model is not passed on", "已超出，模型不予采用"),
+    "training.overridden": ("lost more, passed on for a stated reason", "已超出，按注明的理由放行"),
+    "training.not_compared": (
+        "No {role} set was scored before and after.",
+        "训练前后没有对{role}数据集打分。",
+    ),
     "training.no_curve": ("This stage left no curve.", "本阶段没有留下曲线。"),
     # evaluation
     "evaluation.perplexity": ("Held-out perplexity", "留出集困惑度"),

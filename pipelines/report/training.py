@@ -10,7 +10,7 @@ from markupsafe import Markup
 from pipelines.report import charts
 from pipelines.report.charts import Series
 from pipelines.report.excerpts import translated
-from pipelines.report.figures import Number, number
+from pipelines.report.figures import Number, number, percent
 from pipelines.report.messages import MESSAGES
 from pipelines.report.view import TRAINING_KINDS, RunView, StageView
 
@@ -145,3 +145,55 @@ def measure_title(measure: str) -> Markup:
     if f"training.{measure}" in MESSAGES:
         return translated(f"training.{measure}")
     return Markup("<code>{}</code>").format(measure)
+
+
+@dataclass(frozen=True)
+class Compared:
+    """What a training stage has gained and lost, one sentence a set."""
+
+    stage: StageView
+    sentences: list[Markup]
+    verdict: Markup | None
+
+
+def compared(run: RunView) -> list[Compared]:
+    """Training stages that scored their model before and after."""
+    found = []
+    for stage in run.of_kind(*TRAINING_KINDS):
+        evaluation = stage.stats.get("evaluation")
+        if not isinstance(evaluation, dict):
+            continue
+        rows = [row for row in evaluation.get("sets", []) if isinstance(row, dict)]
+        sentences = [_gain(row) for row in rows]
+        for role in ("general", "domain"):
+            if not any(row.get("role") == role for row in rows):
+                sentences.append(translated("training.not_compared", role=_role(role)))
+        found.append(Compared(stage, sentences, _verdict(stage, rows)))
+    return found
+
+
+def _role(role: str) -> Markup:
+    return translated("training.general") if role == "general" else translated("training.domain")
+
+
+def _gain(row: dict[str, Any]) -> Markup:
+    accuracy = row.get("measure") == "accuracy"
+    before, after = (percent(row[side], 1) if accuracy else number(row[side]) for side in ("before", "after"))
+    told = {"set": row["set"], "share": percent(abs(row["lost"]), 1), "before": before, "after": after, "rows": row["rows"]}
+    sentence = translated("training.lost", **told) if row["lost"] > 0 else translated("training.gained", **told)
+    return Markup("{} {}").format(_role(str(row.get("role"))), sentence)
+
+
+def _verdict(stage: StageView, rows: list[dict[str, Any]]) -> Markup | None:
+    settings = stage.manifest.config.get("evaluate") if stage.manifest is not None else None
+    if not isinstance(settings, dict) or settings.get("most_lost") is None:
+        return None
+    bound = settings["most_lost"]
+    kept = all(row["lost"] <= bound for row in rows if row.get("role") == "general")
+    if kept:
+        verdict = translated("training.within")
+    elif settings.get("override"):
+        verdict = translated("training.overridden")
+    else:
+        verdict = translated("training.beyond")
+    return translated("training.bound", bound=percent(bound, 1), verdict=verdict)

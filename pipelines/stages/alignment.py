@@ -10,18 +10,18 @@ from cluster import storage
 from operators import shards
 from operators.config import SettingsError
 from operators.stage import Stage, StageContext
-from pipelines.stages.training import FinetuneStage, Mixed, is_external, model_path, paths, run_job
+from pipelines.stages.training import Mixed, TunedStage, is_external, model_path, paths, run_job
 from train.settings import OptimizerSettings
 from train.settings_finetune import DpoSettings, KtoSettings, MergeSettings
 
 
-class DpoStage(DpoSettings, FinetuneStage):
+class DpoStage(DpoSettings, TunedStage):
     """Aligns a model with preference pairs (DPO and its kin), against the model it starts from.
 
     What that model says of the pairs is computed once and kept for every run that asks for the same.
     """
 
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3  # scores before and after
     told: ClassVar[type[OptimizerSettings]] = DpoSettings
 
     kind: Literal["dpo"] = "dpo"
@@ -31,9 +31,10 @@ class DpoStage(DpoSettings, FinetuneStage):
         return {**super().job(context), "reference_cache": reference_cache(context)}
 
 
-class KtoStage(KtoSettings, FinetuneStage):
+class KtoStage(KtoSettings, TunedStage):
     """Aligns a model with single replies that are marked good or bad (KTO), against the model it starts from."""
 
+    version: ClassVar[int] = 2  # rows are held out, and scored before and after
     told: ClassVar[type[OptimizerSettings]] = KtoSettings
 
     kind: Literal["kto"] = "kto"

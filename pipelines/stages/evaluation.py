@@ -2,60 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from cluster import storage
 from operators import shards
-from operators.config import Settings
 from operators.stage import Stage, StageContext
+from pipelines.stages.sets import SetSettings, listed, scored, trained_on
 from pipelines.stages.training import is_external, limited, model_path, paths, run_job
-from train.settings_evaluate import EvaluateSettings
-
-_TRAINS = frozenset({"pretrain", "sft", "dpo", "kto", "reward", "grpo"})
-
-
-class SetSettings(Settings):
-    """A named set that models are scored on: rows of stages, or files of questions with choices."""
-
-    input: str | list[str] | None = Field(
-        default=None, description="Stages with conversations (scored on what the assistant says) or documents."
-    )
-    choices: str | list[str] | None = Field(
-        default=None,
-        description="Files in JSON Lines instead, one object a question: `question`, `choices`, `answer` (one of them, its letter "
-        "or its index from 0). Scored by accuracy, the likeliest choice a byte being the reply.",
-    )
-    held_out: float = Field(
-        default=0.0,
-        ge=0,
-        le=1,
-        description="Score the share of rows that training kept out under the same `held_out`; 0: all.",
-    )
-    max_rows: int = Field(default=500, ge=1, description="Rows scored at most, drawn by a hash of their id.")
-    allow_overlap: bool = Field(
-        default=False, description="Score rows that a model was trained on as well, which shows what it remembers, not what it can."
-    )
-
-    @model_validator(mode="after")
-    def _one_source(self) -> SetSettings:
-        if (self.input is None) == (self.choices is None):
-            raise ValueError("give exactly one of `input` and `choices`")
-        if self.choices is not None and self.held_out:
-            raise ValueError("`held_out` belongs to `input`: files of choices are scored whole")
-        return self
-
-
-def listed(value: str | list[str] | None) -> list[str]:
-    """One name, several or none as a list."""
-    return [value] if isinstance(value, str) else value or []
+from train.settings_evaluate import RETENTION, EvaluateSettings
 
 
 class EvaluateStage(EvaluateSettings, Stage):
     """Compares models: held-out perplexity by language and source, preference accuracy, replies side by side."""
 
-    version: ClassVar[int] = 3  # named sets
+    version: ClassVar[int] = 4  # pairs in named sets; the retention matrix as rows
     resource: ClassVar[str] = "train"
 
     kind: Literal["evaluate"] = "evaluate"
@@ -83,7 +44,7 @@ class EvaluateStage(EvaluateSettings, Stage):
     retention: dict[str, str] = Field(
         default={},
         description="For a chain of fine-tunes: models in the order they were trained, each with the set it was to learn. Gives "
-        "the matrix of scores, average forgetting and backward transfer.",
+        "the matrix of scores (also as retention.parquet), average forgetting and backward transfer.",
     )
 
     @model_validator(mode="after")
@@ -140,25 +101,19 @@ class EvaluateStage(EvaluateSettings, Stage):
             "pairs": [context.inputs[name] for name in listed(self.pairs)],
             "pairs_held_out": self._pairs_share(context),
             "seed": context.seed,
-            "sets": [self._scored(context, name, chosen) for name, chosen in self.sets.items()],
+            "sets": [
+                scored(name, chosen, context.inputs, context.base_directory, context.limit) for name, chosen in self.sets.items()
+            ],
             "trained_on": trained_on(context, self.models) if self.sets else [],
             "before": self.pairs_before(),
             "retention": self.retention,
         }
         result = run_job(context, "evaluate", config)
-        context.finish(stats={key: value for key, value in result.items() if key != "timings"}, timings=result["timings"])
-
-    def _scored(self, context: StageContext, name: str, chosen: SetSettings) -> dict[str, Any]:
-        """A set as the job is told it."""
-        return {
-            "name": name,
-            "measure": "accuracy" if chosen.choices is not None else "loss",
-            "inputs": [context.inputs[stage] for stage in listed(chosen.input)],
-            "choices": [context.path(path) for path in listed(chosen.choices)],
-            "held_out": chosen.held_out,
-            "max_rows": limited(chosen.max_rows, context.limit),
-            "allow_overlap": chosen.allow_overlap,
-        }
+        context.finish(
+            stats={key: value for key, value in result.items() if key != "timings"},
+            files={"retention": RETENTION} if self.retention else {},
+            timings=result["timings"],
+        )
 
     def _pairs_share(self, context: StageContext) -> float:
         if self.pairs_held_out is not None:
@@ -170,37 +125,3 @@ class EvaluateStage(EvaluateSettings, Stage):
                 f"stage {context.stage}: its DPO stages kept out different shares of pairs ({sorted(shares)}); set `pairs_held_out`"
             )
         return shares.pop() if shares else 0.0
-
-
-def trained_on(context: StageContext, models: list[str]) -> list[dict[str, Any]]:
-    """What the models, and those they were made from, were trained on, by the manifests of this run: rows of
-    conversations, pairs apart, and the documents of packs. Of models from outside the run nothing is known."""
-    run = shards.run_directory(context.directory)
-    waiting = [(name, context.inputs[name]) for name in models if not is_external(name)]
-    seen: set[str] = set()
-    found: dict[tuple[str, str], dict[str, Any]] = {}
-    while waiting:
-        stage, directory = waiting.pop()
-        if directory in seen:
-            continue
-        seen.add(directory)
-        manifest = shards.load_manifest(directory)
-        inputs = {name: storage.join(run, path) for name, path in manifest.inputs.items()}
-        for name, path in inputs.items():
-            made = shards.load_manifest(path)
-            if made.kind == "pack":
-                share = float(made.config.get("holdout", 0.0))
-                sources = {key: storage.join(run, inner) for key, inner in made.inputs.items()}
-                rows = [(key, inner, share) for key, inner in sources.items()]
-            elif "model" in made.files:
-                waiting.append((name, path))
-                continue
-            elif manifest.kind not in _TRAINS:
-                continue
-            else:
-                rows = [(name, path, float(manifest.config.get("held_out") or 0.0))]
-            for key, source, held in rows:
-                columns = shards.columns(source)
-                if "id" in columns and columns & {"text", "messages"}:
-                    found[stage, key] = {"stage": stage, "input": key, "directory": source, "held_out": held}
-    return [found[key] for key in sorted(found)]

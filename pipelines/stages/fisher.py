@@ -43,8 +43,7 @@ class FisherStage(FisherSettings, Stage):
             **self.model_dump(mode="json", include=set(FisherSettings.model_fields)),
             "sequences": limited(self.sequences, context.limit),
             "inputs": [
-                {"name": name, "directory": context.inputs[name], **share.model_dump()}
-                for name, share in shares(self.input).items()
+                {"name": name, "directory": context.inputs[name], **share.told()} for name, share in shares(self.input).items()
             ],
             "model": model_path(context, self.model),
             "previous": fisher_path(context, self.previous) if self.previous else None,

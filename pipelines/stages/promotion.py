@@ -24,11 +24,14 @@ class PromoteStage(Stage):
 
     kind: Literal["promote"] = "promote"
     model: str = Field(description="The stage that made the model.")
-    scores: str = Field(description="An evaluate stage that compares it with a model before it (its `before`) on `sets`.")
-    max_loss: dict[str, float] = Field(
-        min_length=1,
+    scores: str | None = Field(
+        default=None,
+        description="An evaluate stage that compares it with a model before it (its `before`) on `sets`. Default: what the stage "
+        "that made the model has measured before and after by itself.",
+    )
+    max_loss: float | dict[str, float] = Field(
         description="For each set the share of the ability that may be lost: 0.05 keeps 95% of accuracy, or lets perplexity grow "
-        "to 1/0.95 of what it was.",
+        "to 1/0.95 of what it was. One number, without `scores`, is for all sets of general ability.",
     )
     min_gain: dict[str, float] = Field(
         default={}, description="For each set the share that must have been gained, e.g. `{domain: 0.1}`."
@@ -41,31 +44,31 @@ class PromoteStage(Stage):
 
     @model_validator(mode="after")
     def _bounds(self) -> PromoteStage:
-        wrong = {name: value for name, value in {**self.max_loss, **self.min_gain}.items() if not 0 <= value < 100}
-        if wrong or any(value >= 1 for value in self.max_loss.values()):
+        lost = self.max_loss if isinstance(self.max_loss, dict) else {"*": self.max_loss}
+        if not lost:
+            raise ValueError("`max_loss` needs a bound for at least one set")
+        if self.scores is not None and not isinstance(self.max_loss, dict):
+            raise ValueError("with `scores` say which sets `max_loss` is for: {general: 0.05}")
+        wrong = {name: value for name, value in {**lost, **self.min_gain}.items() if not 0 <= value < 100}
+        if wrong or any(value >= 1 for value in lost.values()):
             raise ValueError("`max_loss` and `min_gain` are shares: 0.05 is 5%; `max_loss` lies between 0 and 1")
         return self
 
     def input_names(self) -> list[str]:
-        return [self.model, self.scores]
+        return [self.model, *([self.scores] if self.scores is not None else [])]
 
     def needs_ray(self) -> bool:
         return False
 
     def run(self, context: StageContext) -> None:
-        scores = shards.load_manifest(context.inputs[self.scores])
-        changes = [row for row in scores.stats.get("changes", []) if row["after"] == self.model]
-        if not changes:
-            raise SettingsError(
-                f"stage {context.stage}: stage {self.scores!r} does not compare {self.model!r} with a model before it; name both "
-                "among its `models`, and the earlier one as its `before`"
-            )
+        changes, where = self._changes(context)
         by_set = {str(row["set"]): row for row in changes}
-        unknown = sorted({*self.max_loss, *self.min_gain} - by_set.keys())
+        bounds = self.max_loss if isinstance(self.max_loss, dict) else self._general(context, by_set, self.max_loss)
+        unknown = sorted({*bounds, *self.min_gain} - by_set.keys())
         if unknown:
-            raise SettingsError(f"stage {context.stage}: stage {self.scores!r} has no set {unknown[0]!r} (it has {sorted(by_set)})")
+            raise SettingsError(f"stage {context.stage}: stage {where!r} has no set {unknown[0]!r} (it has {sorted(by_set)})")
         broken = []
-        for name, bound in self.max_loss.items():
+        for name, bound in bounds.items():
             if by_set[name]["lost"] > bound:
                 broken.append(_told(by_set[name], f"more than {bound:.1%}"))
         for name, bound in self.min_gain.items():
@@ -88,6 +91,36 @@ class PromoteStage(Stage):
             if isinstance(path, str)
         }
         context.finish(stats=stats, files=links)
+
+    def _changes(self, context: StageContext) -> tuple[list[dict[str, Any]], str]:
+        """What was gained and lost on each set, and the stage that measured it. Raises SettingsError where none did."""
+        if self.scores is None:
+            made = shards.load_manifest(context.inputs[self.model])
+            rows = (made.stats.get("evaluation") or {}).get("sets", [])
+            if not rows:
+                raise SettingsError(
+                    f"stage {context.stage}: stage {self.model!r} scored no set before and after; give it `evaluate`, or name an "
+                    "evaluate stage as `scores`"
+                )
+            sides = {"after": self.model, "before": str(made.config.get("model", "the model before"))}
+            return [{**row, **sides, "before_value": row["before"], "after_value": row["after"]} for row in rows], self.model
+        rows = shards.load_manifest(context.inputs[self.scores]).stats.get("changes", [])
+        changes = [row for row in rows if row["after"] == self.model]
+        if not changes:
+            raise SettingsError(
+                f"stage {context.stage}: stage {self.scores!r} does not compare {self.model!r} with a model before it; name both "
+                "among its `models`, and the earlier one as its `before`"
+            )
+        return changes, self.scores
+
+    def _general(self, context: StageContext, by_set: dict[str, dict[str, Any]], bound: float) -> dict[str, float]:
+        bounds = {name: bound for name, row in by_set.items() if row["role"] == "general"}
+        if not bounds:
+            raise SettingsError(
+                f"stage {context.stage}: stage {self.model!r} scored no set of general ability (it has {sorted(by_set)}); name one "
+                "under its evaluate.general, or mark an input of it {weight: 0.1, general: true}"
+            )
+        return bounds
 
 
 def _told(row: dict[str, Any], bound: str) -> str:

@@ -8,7 +8,7 @@ from pydantic import Field
 
 from operators.config import SettingsError
 from operators.stage import StageContext
-from pipelines.stages.training import FinetuneStage, Mixed, is_external, model_path, paths
+from pipelines.stages.training import FinetuneStage, Mixed, TunedStage, is_external, model_path, paths
 from train.settings import OptimizerSettings
 from train.settings_alignment import GrpoSettings, RewardModelCheck, RewardModelSettings
 
@@ -25,12 +25,13 @@ class RewardModelStage(RewardModelSettings, FinetuneStage):
     input: Mixed = Field(description="A stage with preference pairs, or stages with their shares of the mixture.")
 
 
-class GrpoStage(GrpoSettings, FinetuneStage):
+class GrpoStage(GrpoSettings, TunedStage):
     """Trains a model by rewards that can be verified (GRPO or RLOO): replies to prompts are drawn, scored and compared.
 
     Leaves a row for each reply with its scores, beside the model.
     """
 
+    version: ClassVar[int] = 2  # scores before and after
     told: ClassVar[type[OptimizerSettings]] = GrpoSettings
 
     kind: Literal["grpo"] = "grpo"
@@ -42,6 +43,10 @@ class GrpoStage(GrpoSettings, FinetuneStage):
     def judges(self) -> dict[str, RewardModelCheck]:
         """The rewards that are reward models."""
         return {name: check for name, check in self.rewards.items() if isinstance(check, RewardModelCheck)}
+
+    def kept_out(self, context: StageContext, name: str) -> float:
+        # What is learnt is the reward, which is measured on the way.
+        return super().kept_out(context, name) if self.is_general(context, name) else 0.0
 
     def validate_deep(self) -> None:
         super().validate_deep()

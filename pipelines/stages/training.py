@@ -5,13 +5,27 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any, ClassVar, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from cluster import storage
 from operators import shards
 from operators.config import SettingsError
 from operators.stage import Cancelled, Stage, StageContext
 from operators.synthesis.packaged import PREFIX
+from pipelines.stages.sets import (
+    CompareSettings,
+    SetSettings,
+    automatic,
+    bounded,
+    given,
+    inherited,
+    listed,
+    lost_too_much,
+    rows_kept_out,
+    scored,
+    sentence,
+    trained_on,
+)
 from train.errors import JobCancelled, TrainingError
 from train.model_shapes import read_shape
 from train.settings import NAMED_SHAPE, EwcTerm, ModelShape, OptimizerSettings, PretrainSettings, Share, is_shape
@@ -87,7 +101,7 @@ class TrainingStage(OptimizerSettings, Stage):
     A subclass names its settings (`told`): these, with the inputs, the model and the seed, are the job of kind `kind`.
     """
 
-    operational: ClassVar[frozenset[str]] = frozenset({"checkpoint_every", "track"})
+    operational: ClassVar[frozenset[str]] = frozenset({"checkpoint_every", "track", "evaluate.most_lost", "evaluate.override"})
     resource: ClassVar[str] = "train"
     told: ClassVar[type[OptimizerSettings]]
 
@@ -112,8 +126,7 @@ class TrainingStage(OptimizerSettings, Stage):
             **self.model_dump(mode="json", include=set(self.told.model_fields)),
             **({"ewc": terms} if terms else {}),
             "inputs": [
-                {"name": name, "directory": context.inputs[name], **share.model_dump()}
-                for name, share in shares(self.input).items()
+                {"name": name, "directory": context.inputs[name], **share.told()} for name, share in shares(self.input).items()
             ],
             "model": model_path(context, self.model) if isinstance(self.model, str) else self.model.model_dump(mode="json"),
             "seed": context.seed,
@@ -122,6 +135,7 @@ class TrainingStage(OptimizerSettings, Stage):
     def run(self, context: StageContext) -> None:
         kind = str(getattr(self, "kind"))  # noqa: B009  each subclass declares its own literal
         result = run_job(context, kind, self.job(context))
+        self.tell(context, result)
         files = {"model": "model", "tokenizer": "model/tokenizer.json"}
         if getattr(self, "lora", None) is not None:
             files["adapter"] = "adapter"
@@ -129,12 +143,132 @@ class TrainingStage(OptimizerSettings, Stage):
             stats={key: value for key, value in result.items() if key != "timings"}, files=files, timings=result["timings"]
         )
 
+    def tell(self, context: StageContext, result: dict[str, Any]) -> None:
+        """What is worth a line once training has ended."""
 
-class PretrainStage(PretrainSettings, TrainingStage):
+
+class ComparedStage(TrainingStage):
+    """Base of training stages that score their model on general and domain sets before the first step and after the last.
+
+    What is scored by default is never trained on: rows are held out of the inputs for it (see pipelines.stages.sets).
+    """
+
+    evaluate: CompareSettings | None = Field(
+        default=CompareSettings(),
+        description="What the model is scored on before and after, and how much general ability may be lost; `false`: nothing.",
+    )
+
+    @field_validator("evaluate", mode="before")
+    @classmethod
+    def _switch(cls, value: object) -> object:
+        return {} if value is True else None if value is False else value
+
+    def input_names(self) -> list[str]:
+        named = [name for _, _, chosen in self._asked() for name in listed(chosen.input)]
+        return list(dict.fromkeys([*super().input_names(), *named]))
+
+    def files(self) -> list[str]:
+        return [*super().files(), *(path for _, _, chosen in self._asked() for path in listed(chosen.choices))]
+
+    def _asked(self) -> list[tuple[str, str, SetSettings]]:
+        return self.evaluate.sets if self.evaluate is not None else []
+
+    def refusal(self, directory: str) -> str | None:
+        return lost_too_much(self.evaluate, directory)
+
+    def goes_on(self) -> bool:
+        """False for a model from scratch, which has nothing to lose."""
+        return isinstance(self.model, str) and not is_shape(self.model)
+
+    def kept_out(self, context: StageContext, name: str) -> float:
+        """The share of an input's rows that is held out for an automatic set of the domain or of general ability."""
+        raise NotImplementedError
+
+    def is_general(self, context: StageContext, name: str) -> bool:
+        """True for an input that is rehearsed."""
+        return bool(shares(self.input)[name].general)
+
+    def job(self, context: StageContext) -> dict[str, Any]:
+        job = super().job(context)
+        sets = self._sets(context)
+        if not sets:
+            return job
+        held = self._held_out(context, sets)
+        for item in job["inputs"]:
+            item["held_out"] = held[item["name"]]
+        run = shards.run_directory(context.directory)
+        share = float(getattr(self, "held_out", 0.0))
+        own = [
+            row
+            for name in shares(self.input)
+            for row in given(context.stage, name, context.inputs[name], max(share, held[name]), run)
+        ]
+        before = trained_on(context, [str(self.model)])
+        # Rows that an earlier stage held out for its general set it may have elsewhere word for word, and left out there.
+        measured = {chosen["source"]["inherited"] for chosen in sets if "inherited" in chosen["source"]}
+        own += [row for row in before if row["stage"] in measured]
+        earlier = before if any(not chosen["automatic"] for chosen in sets) else []
+        cache = storage.join(context.cache_directory, "evaluations") if context.cache_directory else None
+        bound = self.evaluate is not None and self.evaluate.most_lost is not None
+        return {**job, "comparison": {"sets": sets, "own": own, "earlier": earlier, "cache": cache, "bounded": bound}}
+
+    def _sets(self, context: StageContext) -> list[dict[str, Any]]:
+        """The sets as the job is told them. Raises SettingsError for a bound without a set of general ability."""
+        told = self.evaluate
+        if told is None or not self.goes_on():
+            return []
+        found: list[dict[str, Any]] = []
+        for role, name, chosen in told.sets:
+            named = scored(name, chosen, context.inputs, context.base_directory, context.limit)
+            found.append({**named, "role": role, "automatic": False, "source": {}})
+        run = shards.run_directory(context.directory)
+        for role, asked in (("domain", told.domain), ("general", told.general)):
+            names = [name for name in shares(self.input) if self.is_general(context, name) == (role == "general")]
+            if asked is not None:
+                continue
+            made = [automatic(role, name, context.inputs[name], self.kept_out(context, name), run) for name in names]
+            found += [chosen for chosen in made if chosen is not None]
+            if role == "general" and not names:
+                found += inherited(context, str(self.model))
+        names = [chosen["name"] for chosen in found]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise SettingsError(
+                f"stage {context.stage}: two sets are called {twice[0]!r} (held-out rows of an input are called as it is); give "
+                "the one under `evaluate` another name"
+            )
+        if told.most_lost is not None and not any(chosen["role"] == "general" for chosen in found):
+            raise SettingsError(
+                f"stage {context.stage}: evaluate.most_lost bounds what general ability may be lost, and there is no set to "
+                "measure it on: name one under evaluate.general, or mark an input {weight: 0.1, general: true}"
+            )
+        return bounded(found, context.limit)
+
+    def _held_out(self, context: StageContext, sets: list[dict[str, Any]]) -> dict[str, float]:
+        """For each input the largest share of its rows that a set scores."""
+        held = dict.fromkeys(shares(self.input), 0.0)
+        for name in held:
+            for chosen in sets:
+                if context.inputs[name] in chosen["inputs"] and not chosen.get("allow_overlap"):
+                    held[name] = max(held[name], chosen["held_out"] if chosen["held_out"] < 1 else 0.0)
+        return held
+
+    def tell(self, context: StageContext, result: dict[str, Any]) -> None:
+        if self.evaluate is None or not self.goes_on():
+            return
+        found = result.setdefault("evaluation", {"sets": [], "empty": []})
+        for row in found["sets"]:
+            context.log(sentence(row))
+        for role in ("general", "domain"):
+            if not any(row["role"] == role for row in found["sets"]):
+                context.log(f"{role} set: none was scored before and after (docs/evaluation.md says what would be)")
+
+
+class PretrainStage(PretrainSettings, ComparedStage):
     """Trains a decoder-only model on packed sequences, from scratch or from a checkpoint (continued pretraining)."""
 
     told: ClassVar[type[OptimizerSettings]] = PretrainSettings
-    version: ClassVar[int] = 3  # rows of the embedding beyond the model's tokenizer are set where the corpus' one has more tokens
+    version: ClassVar[int] = 4  # scores before and after
     operational: ClassVar[frozenset[str]] = TrainingStage.operational | {
         "parallel", "activation_checkpointing", "compile", "micro_batch_sequences", "loss_chunk_tokens", "keep_checkpoints",
     }  # fmt: skip
@@ -155,6 +289,18 @@ class PretrainStage(PretrainSettings, TrainingStage):
             return read_shape(model) if isinstance(model, str) and model.startswith(NAMED_SHAPE) else model
         except FileNotFoundError as error:
             raise ValueError(str(error)) from None
+
+    @model_validator(mode="after")
+    def _compared_with_something(self) -> PretrainStage:
+        if not self.goes_on() and self.evaluate is not None and self.evaluate != CompareSettings():
+            raise ValueError("`evaluate` compares with the model before, and a model from scratch has none; use an evaluate stage")
+        return self
+
+    def kept_out(self, context: StageContext, name: str) -> float:
+        return 0.0  # what is held out of a pack its own `holdout` says
+
+    def _held_out(self, context: StageContext, sets: list[dict[str, Any]]) -> dict[str, float]:
+        return dict.fromkeys(shares(self.input), 0.0)
 
     def job(self, context: StageContext) -> dict[str, Any]:
         job = {**super().job(context), "most_steps": context.limit}
@@ -182,14 +328,27 @@ class FinetuneStage(FinetuneSettings, TrainingStage):
         return [*super().files(), *paths([self.chat_template] if self.chat_template is not None else [])]
 
 
-class SftStage(SftSettings, FinetuneStage):
+class TunedStage(FinetuneStage, ComparedStage):
+    """Base of stages that train a model to speak, scored before and after."""
+
+    def kept_out(self, context: StageContext, name: str) -> float:
+        told = float(getattr(self, "held_out", 0.0))
+        return told or rows_kept_out(sum(part.kept_rows for part in shards.parts([context.inputs[name]])))
+
+
+class SftStage(SftSettings, TunedStage):
     """Fine-tunes a model on conversations: loss on what the assistant says, inputs mixed by weight, LoRA if wanted."""
 
     told: ClassVar[type[OptimizerSettings]] = SftSettings
-    version: ClassVar[int] = 2  # a tokenizer's own chat template is kept
+    version: ClassVar[int] = 3  # rows are held out, and scored before and after
 
     kind: Literal["sft"] = "sft"
     input: Mixed = Field(
         description="A stage with conversations or documents, or stages with their shares of the mixture. Documents are rehearsed "
         "as in pretraining: loss on all tokens, no chat template."
     )
+
+    def is_general(self, context: StageContext, name: str) -> bool:
+        told = shares(self.input)[name].general
+        columns = shards.columns(context.inputs[name])
+        return told if told is not None else "text" in columns and "messages" not in columns
