@@ -7,13 +7,16 @@ Where the cluster asks for a token (Ray's default for a head that was started wi
 from __future__ import annotations
 
 import asyncio
+import difflib
 import ipaddress
 import os
 import shlex
 import socket
 import sys
+import time
 import uuid
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
@@ -29,6 +32,7 @@ EXCLUDES = [
 """What of the checkout stays here, in the syntax of .gitignore; Ray leaves out what .gitignore names as well."""
 
 _STOPPED = 130
+_PREFIX = "danlu-"
 _MOST_RECONNECTIONS = 30
 
 
@@ -52,7 +56,7 @@ def submit(
     """
     entrypoint = command(recipe_path, address, working_dir, arguments, runs)
     client = _client(address)
-    job = f"danlu-{os.path.splitext(os.path.basename(recipe_path))[0]}-{uuid.uuid4().hex[:8]}"
+    job = f"{_PREFIX}{os.path.splitext(os.path.basename(recipe_path))[0]}-{uuid.uuid4().hex[:8]}"
     client.submit_job(
         entrypoint=entrypoint,
         submission_id=job,
@@ -60,7 +64,7 @@ def submit(
         metadata={"recipe": recipe_path},
     )
     print(f"submitted {job} to {address}", flush=True)
-    hint = f"ray job logs --follow --address {shlex.quote(address)} {job}  (to end it: ray job stop instead of logs --follow)"
+    hint = f"danlu jobs logs {job} --follow --address {shlex.quote(address)}  (to end it: danlu jobs stop)"
     if not wait:
         print(f"follow it with: {hint}", flush=True)
         return 0
@@ -69,6 +73,64 @@ def submit(
     except KeyboardInterrupt:
         print(f"\n{job} goes on without us; follow it with: {hint}", flush=True)
         return _STOPPED
+
+
+@dataclass(frozen=True)
+class Job:
+    """A job as the cluster tells of it. Times are seconds since 1970, 0.0 where there is none yet."""
+
+    name: str
+    status: str
+    recipe: str
+    began: float
+    ended: float
+    message: str
+
+
+def listed(address: str, everything: bool = False) -> list[Job]:
+    """The jobs of the cluster, the newest first: those that `submit` started, or `everything` that was submitted.
+
+    Raises PermissionError and ConnectionError as `submit`.
+    """
+    found = []
+    for details in _client(address).list_jobs():
+        name = details.submission_id or ""
+        if name and (everything or name.startswith(_PREFIX)):
+            began, ended = ((moment or 0) / 1000 for moment in (details.start_time, details.end_time))
+            recipe = (details.metadata or {}).get("recipe", "")
+            found.append(Job(name, str(details.status), recipe, began, ended, details.message or ""))
+    return sorted(found, key=lambda job: (-job.began, job.name))
+
+
+def logs(address: str, job: str, follow: bool = False) -> int:
+    """Write a job's output to stdout. With `follow`, until it ends: returns its exit code, 130 when it was stopped.
+
+    Raises FileNotFoundError with the nearest names when the cluster knows no such job; else as `submit`.
+    """
+    client = _client(address)
+    _known(client, address, job)
+    if follow:
+        return asyncio.run(_follow(client, job))
+    sys.stdout.write(client.get_job_logs(job))
+    return 0
+
+
+def stop(address: str, job: str, patience_s: float = 60.0) -> str:
+    """Ask a job to stop, as Ctrl-C does, and return its status once it has ended (or after `patience_s`). Raises as `logs`."""
+    client = _client(address)
+    _known(client, address, job)
+    client.stop_job(job)
+    deadline = time.monotonic() + patience_s
+    while not (status := client.get_job_status(job)).is_terminal() and time.monotonic() < deadline:
+        time.sleep(0.5)
+    return str(status)
+
+
+def _known(client: JobSubmissionClient, address: str, job: str) -> None:
+    names = [details.submission_id or "" for details in client.list_jobs()]
+    if job not in names:
+        near = difflib.get_close_matches(job, names, 3) or sorted(name for name in names if name.startswith(_PREFIX))[-3:]
+        raise FileNotFoundError(f"{address} knows no job {job!r}" + (f"; did you mean {' or '.join(near)}?" if near else ""))
 
 
 def command(recipe_path: str, address: str, working_dir: str, arguments: Sequence[str], runs: str) -> str:

@@ -11,6 +11,7 @@ import os
 import shlex
 import signal
 import sys
+import time
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -151,6 +152,14 @@ def _parser() -> argparse.ArgumentParser:
     submit.add_argument("--working-dir", default=".", metavar="DIR", help="the checkout to ship (default: this folder)")
     submit.add_argument("--no-wait", action="store_true", help="return once submitted instead of following the logs")
     submit.set_defaults(run=_submit)
+    jobs = commands.add_parser("jobs", help="list, follow and stop jobs on a cluster", description=_jobs.__doc__)
+    jobs.add_argument("action", nargs="?", choices=["list", "logs", "stop"], default="list")
+    jobs.add_argument("job", nargs="?", metavar="JOB", help="the job's name, for logs and stop")
+    jobs.add_argument("--address", required=True, metavar="URL", help="the cluster's job server, e.g. http://127.0.0.1:8265")
+    jobs.add_argument("--follow", action="store_true", help="logs: go on until the job ends, and return its exit code")
+    jobs.add_argument("--all", action="store_true", help="list: jobs that others submitted as well")
+    jobs.add_argument("--json", action="store_true", help="list: as JSON, one object a line")
+    jobs.set_defaults(run=_jobs)
     return parser
 
 
@@ -398,6 +407,31 @@ def _review(parsed: argparse.Namespace) -> int:
         return 0
     for line in lines:
         _OUT.print(line, markup=False)
+    return 0
+
+
+def _jobs(parsed: argparse.Namespace) -> int:
+    """List the jobs that were submitted to a cluster, write one's output, or stop one."""
+    import datetime
+    import json
+
+    from cluster import jobs
+
+    if (parsed.job is None) != (parsed.action == "list"):
+        needs = "takes no JOB" if parsed.action == "list" else "needs a JOB; `danlu jobs` lists them"
+        raise SettingsError(f"danlu jobs {parsed.action} {needs}")
+    if parsed.action == "logs":
+        return jobs.logs(parsed.address, parsed.job, parsed.follow)
+    if parsed.action == "stop":
+        _OUT.print(f"{parsed.job} {jobs.stop(parsed.address, parsed.job)}", markup=False)
+        return 0
+    for job in jobs.listed(parsed.address, parsed.all):
+        if parsed.json:
+            _OUT.print(json.dumps(job.__dict__, ensure_ascii=False), markup=False, soft_wrap=True)
+            continue
+        began = datetime.datetime.fromtimestamp(job.began).strftime("%Y-%m-%d %H:%M:%S") if job.began else "not yet"
+        took = f"{(job.ended or time.time()) - job.began:,.0f} s" if job.began else ""
+        _OUT.print(f"{job.name:<40} {job.status:<10} {began:<20} {took:>10}  {job.recipe}", markup=False, soft_wrap=True)
     return 0
 
 

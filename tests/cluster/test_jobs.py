@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import os
 import shlex
 import shutil
@@ -157,6 +158,28 @@ def test_a_recipe_runs_as_a_ray_job_and_its_exit_code_comes_back(job_server: str
     assert failed.returncode == 2
     assert "submitted danlu-bad-" in failed.stdout
     assert "none.jsonl" in failed.stdout
+
+    def danlu(*words: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "pipelines", *words, "--address", job_server]
+        return subprocess.run(command, cwd=work, capture_output=True, text=True, timeout=300, check=False)
+
+    listed = [json.loads(line) for line in danlu("jobs", "--json").stdout.splitlines()]
+    assert [(job["status"], job["recipe"]) for job in listed] == [("FAILED", "bad.yaml"), ("SUCCEEDED", "tiny.yaml")]
+    assert "none.jsonl" in danlu("jobs", "logs", listed[0]["name"]).stdout
+    assert danlu("jobs", "logs", listed[0]["name"], "--follow").returncode == 2
+    wrong = danlu("jobs", "logs", listed[1]["name"] + "x")
+    assert (wrong.returncode, listed[1]["name"] in wrong.stderr) == (2, True)
+
+    line = json.dumps({"text": "a furnace of many words " * 40})
+    (tmp_path / "long.jsonl").write_text(f"{line}\n" * 100_000)
+    operators = "[gopher_repetition, gopher_quality, fix_text]"
+    (work / "long.yaml").write_text(RECIPE.replace("PATH", str(tmp_path / "long.jsonl")).replace("[]", operators))
+    words = ["submit", "long.yaml", "--working-dir", ".", "--runs", str(tmp_path / "runs"), "--no-wait"]
+    assert danlu(*words).returncode == 0
+    newest = json.loads(danlu("jobs", "--json").stdout.splitlines()[0])
+    assert newest["status"] in ("PENDING", "RUNNING")
+    assert danlu("jobs", "stop", newest["name"]).stdout.split() == [newest["name"], "STOPPED"]
+    assert danlu("jobs", "logs", newest["name"], "--follow").returncode == 130
 
 
 @pytest.mark.slow
