@@ -121,6 +121,22 @@ def test_a_failing_stage_fails_the_run_by_name_and_an_edit_redoes_that_stage_and
     assert set(status(tmp_path).values()) == {"done"}
 
 
+def test_what_a_finished_stage_made_can_be_refused_and_a_raised_bound_does_not_make_it_again(tmp_path: Path) -> None:
+    write_recipe(tmp_path, b=", most: 5", ray="false")
+    for told in ("b: FAILED: 6 rows are more than 5", "a: done before"):
+        code, _, err = finish(danlu(tmp_path, "run", "recipe.yaml"))
+        assert code == 1 and told in err and "b: FAILED: 6 rows are more than 5" in err
+        assert status(tmp_path) == {"a": "done", "b": "failed", "c": "pending"}
+    (manifest,) = (tmp_path / "runs" / "toy" / "b").glob("*/manifest.json")
+    before = manifest.stat().st_mtime_ns
+    write_recipe(tmp_path, b=", most: 6", ray="false")
+    code, _, err = finish(danlu(tmp_path, "run", "recipe.yaml"))
+    assert code == 0 and "b: done before" in err and manifest.stat().st_mtime_ns == before
+    write_recipe(tmp_path, b=", most: 2", ray="false")
+    code, _, err = finish(danlu(tmp_path, "run", "recipe.yaml"))
+    assert code == 1 and "6 rows are more than 2" in err and "c: done before" in err
+
+
 def test_an_output_that_cannot_be_written_is_refused_before_anything_starts(tmp_path: Path) -> None:
     write_recipe(tmp_path)
     (tmp_path / "file").write_text("not a folder")

@@ -23,13 +23,18 @@ class NumberStage(Stage):
     wait_s: float = 0.0
     fail: str = ""
     ray: bool = True
-    operational = frozenset({"wait_s"})
+    most: int | None = None
+    operational = frozenset({"wait_s", "most"})
 
     def input_names(self) -> list[str]:
         return list(self.input)
 
     def needs_ray(self) -> bool:
         return self.ray
+
+    def refusal(self, directory: str) -> str | None:
+        rows = shards.load_manifest(directory).rows
+        return f"{rows} rows are more than {self.most}" if self.most is not None and rows > self.most else None
 
     def run(self, context: StageContext) -> None:
         if self.fail:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -287,3 +289,54 @@ def test_training_can_be_stopped_while_the_model_before_is_scored(world: World) 
 
     with pytest.raises(Cancelled, match="rows scored before training"):
         world.train("chat", sft(world), Impatient())
+
+
+def _worker(rank: int, port: int, told: list[tuple[str, dict[str, Any], str]]) -> None:
+    """Do jobs (kind, settings, directory) as one of two workers."""
+    os.environ |= {
+        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1",
+    }  # fmt: skip
+    torch.set_num_threads(1)
+    workers = Workers.here()
+    for kind, values, directory in told:
+        model, function = jobs.load(kind)
+        function(parse(model, values, kind), directory, workers)
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_scores_are_the_same_on_one_worker_and_on_two_under_every_layout(world: World, make_pack: Any) -> None:
+    told: list[tuple[str, dict[str, Any], str]] = []
+    expected: list[dict[str, Any]] = []
+    group = Group()
+    for name, changes in (("full", {}), ("lora", {"lora": {"rank": 4}})):
+        expected += [world.train(name, sft(world, steps=4, learning_rate=1e-3, **changes), group)["evaluation"]] * 2
+        for sharding in ("ddp", "fsdp2"):
+            config = {**group.job["config"], "sharding": sharding}
+            config["comparison"] = {**config["comparison"], "cache": None}
+            told.append(("sft", config, str(world.root / f"{name}-{sharding}" / "f0")))
+    talk = {"name": "talk", "measure": "loss", "inputs": [world.inputs["talk"]], "role": "domain", "max_rows": 21}
+    pretraining = {
+        "inputs": [{"name": "tokens", "directory": make_pack(world.root / "tokens" / "f0", documents(200, seed=9), 64)}],
+        "model": world.model, "steps": 4, "learning_rate": 1e-3, "comparison": {"sets": [talk]},
+    }  # fmt: skip
+    one = group.run({"kind": "pretrain", "config": pretraining, "directory": str(world.root / "alone" / "f0")})["evaluation"]
+    for layout in ({"sharding": "ddp"}, {"sharding": "fsdp2"}, {"sharding": "none", "tensor": 2}):
+        expected.append(one)
+        told.append(("pretrain", {**pretraining, "parallel": layout}, str(world.root / f"pre-{len(told)}" / "f0")))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    context: Any = torch.multiprocessing.get_context("spawn")
+    processes = [context.Process(target=_worker, args=(rank, port, told), daemon=True) for rank in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(600)
+    assert [process.exitcode for process in processes] == [0, 0]
+    for (_, _, directory), wanted in zip(told, expected, strict=True):
+        found = json.loads(Path(directory, "result.json").read_text())["evaluation"]
+        assert [row["set"] for row in found["sets"]] == [row["set"] for row in wanted["sets"]]
+        for row, other in zip(found["sets"], wanted["sets"], strict=True):
+            assert (row["before"], row["after"]) == pytest.approx((other["before"], other["after"]), abs=2e-4)

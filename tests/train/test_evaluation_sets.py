@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 
@@ -89,6 +90,11 @@ def test_sets_are_scored_like_a_plain_computation_one_row_at_a_time(
     assert found["base", "facts"]["value"] == pytest.approx(right / 3, abs=1e-6)
     assert [(row["set"], row["lost"]) for row in result["changes"]] == [("general", 0.0), ("facts", 0.0)]
     assert result["retention"]["sets"] == ["general", "facts"] and result["retention"]["average_forgetting"] == 0.0
+    cells = pq.read_table(tmp_path / "scores" / "f0" / "retention.parquet").to_pylist()
+    assert [[c["score"] for c in cells if c["order"] == place] for place in (0, 1)] == result["retention"]["scores"]
+    assert [(c["set"], c["learnt"], c["forgotten"]) for c in cells if c["order"] == 0] == [
+        ("general", cells[0]["score"], 0.0), ("facts", None, None),
+    ]  # fmt: skip
 
 
 def test_a_set_that_was_trained_on_is_refused_and_rows_are_named(talks: str) -> None:
