@@ -8,6 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.cluster.object_store import line, object_store
+
+__all__ = ["line", "object_store"]
+
 ROOT = Path(__file__).resolve().parent.parent
 
 

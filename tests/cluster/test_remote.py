@@ -16,9 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from cluster import lease, remote, storage
-from tests.cluster.object_store import BUCKET, Line, ObjectStore, line, object_store
-
-__all__ = ["line", "object_store"]
+from tests.cluster.object_store import BUCKET, Line, ObjectStore
 
 
 @pytest.fixture

@@ -23,6 +23,7 @@ from operators.stage import Cancelled
 from operators.synthesis.cache import ReplyCache, _line
 from operators.synthesis.reply_index import ReplyIndex
 from operators.synthesis.requests import Reply, Request, SamplingSettings, request_seed
+from tests.cluster.object_store import BUCKET, Line
 from tests.operators.synthesis.recorded import Recording, generator
 
 REQUEST = Request((("user", "写一首诗"),), SamplingSettings(), 5)
@@ -243,20 +244,19 @@ def test_several_threads_and_caches_append_to_one_file(tmp_path: Path) -> None:
     assert cache.damaged == 0
 
 
-def test_on_an_object_store_every_batch_is_an_object_and_replies_are_read_without_asking_the_store(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(storage, "is_remote", lambda path: True)  # a local folder treated as a store
-    cache = ReplyCache(str(tmp_path), "a")
-    for begin in range(0, 300, 3):
+def test_on_an_object_store_every_batch_is_an_object_and_replies_are_read_without_asking_the_store(line: Line) -> None:
+    folder = f"s3://{BUCKET}/replies"
+    cache = ReplyCache(folder, "a")
+    for begin in range(0, 90, 3):
         cache.put([(key(n), answer(n)) for n in range(begin, begin + 3)])
-    assert len(list(tmp_path.iterdir())) == 100
-    again = ReplyCache(str(tmp_path), "b")
-    for path in tmp_path.iterdir():
-        path.unlink()
+    assert len(storage.list_files(folder)) == 30
+    again = ReplyCache(folder, "b")
+    storage.delete(folder)
+    asked = line.answered
     for held in (cache, again):
-        assert [held.get(key(n)) for n in range(300)] == [answer(n) for n in range(300)]
+        assert [held.get(key(n)) for n in range(90)] == [answer(n) for n in range(90)]
     assert again.get(key(301)) is None
+    assert line.answered == asked
 
 
 def test_reading_keeps_few_files_open(tmp_path: Path) -> None:

@@ -136,4 +136,6 @@ def test_candidates_hold_whatever_a_plain_search_finds(texts: list[str]) -> None
         for kind, pattern in patterns.items():
             for match in re.finditer(pattern, text.encode()):
                 start, end = match.span()
+                if kind == candidates.COLONS and not re.search(rb"\d", match.group()):
+                    continue  # an address without one decimal digit is taken for words: `F::`, `dead:beef::`
                 assert any(r == row and k == kind and s <= start and e >= end for r, s, e, k in spans), (text, match)
