@@ -11,7 +11,7 @@ quickstart: setup
 	@$(VENV)/danlu run examples/quickstart.yaml
 
 test: setup lint
-	@$(VENV)/python -m pytest -q -m "not slow"
+	@$(VENV)/python -m pytest -q --durations=12 -m "not slow"
 
 test-slow: setup
 	@$(VENV)/python -m pytest -q -m slow
