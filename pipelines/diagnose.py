@@ -298,17 +298,20 @@ def _training_texts(run: RunView, view: StageView) -> list[str]:
 
 
 def _general(run: RunView, view: StageView) -> Symptom:
-    """The largest loss that an evaluate stage found for this model, on sets other than those it gained on."""
-    rows = [
-        row
+    """The largest loss of this model: on the general sets that its own stage scored before and after, and on those of evaluate
+    stages."""
+    own = (view.stats.get("evaluation") or {}).get("sets", [])
+    rows = [(row, row["before"], row["after"]) for row in own if row["role"] == "general"]
+    rows += [
+        (row, row["before_value"], row["after_value"])
         for stage in run.of_kind("evaluate")
         for row in stage.stats.get("changes", [])
         if row["after"] == view.name and row["lost"] is not None
     ]
     if not rows:
         return Symptom("general_ability", "unmeasured", note=NOTES["no_comparison"])
-    worst = max(rows, key=lambda row: row["lost"])
-    values = f"{worst['set']}: {worst['before_value']:.4g} -> {worst['after_value']:.4g}"
+    worst, before, after = max(rows, key=lambda row: row[0]["lost"])
+    values = f"{worst['set']}: {before:.4g} -> {after:.4g}"
     english, chinese = MEASURES.get(worst["measure"], (worst["measure"],) * 2)
     note = (f"{values} {english}", f"{values} {chinese}")
     return judged("general_ability", max(0.0, worst["lost"]), 0.05, note=note)

@@ -121,8 +121,8 @@ NOTES: dict[str, tuple[str, str]] = {
     "own_share": ("the base's own share: {share:.3g}", "训练前模型自身占比：{share:.3g}"),
     "no_template": ("the model has no chat template", "该模型没有对话模板"),
     "no_comparison": (
-        "no evaluate stage compares it on `sets` with one before (docs/evaluation.md)",
-        "没有 evaluate 阶段用 `sets` 与训练前的模型比较（docs/evaluation.md）",
+        "no general set was scored before and after, in training or by an evaluate stage (docs/evaluation.md)",
+        "训练前后都没有在通用集合上评分，也没有 evaluate 阶段作比较（docs/evaluation.md）",
     ),
     "no_curve": ("the stage left no curve", "该阶段没有留下曲线"),
     "full_curve": (

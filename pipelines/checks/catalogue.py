@@ -159,11 +159,15 @@ RULES: dict[str, Rule] = {
         "Rafailov et al. 2023 (section 4)",
     ),
     "unmeasured": Rule(
-        ("no evaluate stage measures it", "没有 evaluate 阶段评测它"),
+        (
+            "has no general set to be scored on before and after, and no evaluate stage measures it",
+            "没有可在训练前后评分的通用集合，也没有 evaluate 阶段评测它",
+        ),
         ("what it forgot stays unknown", "遗忘了什么无从得知"),
         (
-            "name it in the `models` of an `evaluate` stage, beside the model it started from",
-            "把它与起始模型一起写进 `evaluate` 阶段的 `models`",
+            "mark an input `general: true`, name a set under `evaluate.general`, or name the model in the `models` of an "
+            "`evaluate` stage, beside the one it started from",
+            "给某个输入标上 `general: true`，在 `evaluate.general` 下写明集合，或把它与起始模型一起写进 `evaluate` 阶段的 `models`",
         ),
         "Luo et al. 2023",
     ),

@@ -156,3 +156,8 @@ def inputs(stage: Stage) -> dict[str, float]:
     """Inputs of a training stage with their shares, of sum 1."""
     told = {name: share.weight for name, share in shares(stage.input).items()}  # type: ignore[attr-defined]
     return {name: weight / sum(told.values()) for name, weight in told.items()}
+
+
+def general_inputs(stage: Stage) -> list[str]:
+    """Inputs of a training stage that are marked `general: true`."""
+    return [name for name, share in shares(stage.input).items() if share.general]  # type: ignore[attr-defined]

@@ -11,9 +11,9 @@ import pyarrow.compute as pc
 
 from operators.synthesis.curate.refusals import refuses
 from operators.synthesis.curate.turns import REPLIES, Turns
-from pipelines.checks.evidence import ALIGNED, TUNED, Evidence, inputs
+from pipelines.checks.evidence import ALIGNED, TUNED, Evidence, general_inputs, inputs
 from pipelines.checks.finding import Finding
-from pipelines.stages.training import is_external
+from pipelines.stages.training import ComparedStage, is_external
 from train.settings import PretrainSettings, is_shape
 
 _LEAST_REHEARSAL = 0.05
@@ -44,12 +44,13 @@ def general_data(seen: Evidence) -> Iterator[Finding]:
     for name, stage in seen.training("sft", "pretrain"):
         if not isinstance(stage.model, str) or is_shape(stage.model):
             continue  # from scratch there is nothing to forget
-        shares = inputs(stage)
-        least = min(shares, key=lambda key: shares[key])
-        if len(shares) < 2 and not getattr(stage, "ewc", None):
+        given, marked = inputs(stage), general_inputs(stage)
+        least = min(marked or given, key=lambda key: given[key])
+        share = sum(given[key] for key in marked) if marked else given[least]
+        if len(given) < 2 and not marked and not getattr(stage, "ewc", None):
             yield Finding("no_general_data", name, {"model": stage.model, "input": least})
-        elif len(shares) > 1 and shares[least] < _LEAST_REHEARSAL:
-            yield Finding("little_general_data", name, {"input": least, "share": shares[least]})
+        elif len(given) > 1 and share < _LEAST_REHEARSAL:
+            yield Finding("little_general_data", name, {"input": least, "share": share})
 
 
 def learning_rate(seen: Evidence) -> Iterator[Finding]:
@@ -165,6 +166,16 @@ def _chats(seen: Evidence, model: str) -> bool:
     return bool(config.get("chat_template")) or not there
 
 
+def _scores_itself(seen: Evidence, name: str) -> bool:
+    """True for a stage that scores general ability before its first step and after its last: on a set that it names, on rows
+    of an input marked general, or on the sets of a model before it in the recipe."""
+    chain = [stage for stage in map(seen.recipe.stages.get, seen.chain(name)) if isinstance(stage, ComparedStage)]
+    scored = [stage for stage in chain if stage.evaluate is not None and stage.goes_on()]
+    if not scored or scored[0] is not chain[0]:
+        return False
+    return any(stage.evaluate.general or (stage.evaluate.general is None and general_inputs(stage)) for stage in scored)  # type: ignore[union-attr]
+
+
 def measured(seen: Evidence) -> Iterator[Finding]:
     by_model: dict[str, str] = {}
     compared: dict[str, list[str]] = {}
@@ -173,6 +184,8 @@ def measured(seen: Evidence) -> Iterator[Finding]:
             compared[name] = list(getattr(stage, "models", []))
             by_model.update(dict.fromkeys(compared[name], name))
     for name, stage in seen.training(*TUNED):
+        if _scores_itself(seen, name):
+            continue
         if name not in by_model:
             yield Finding("unmeasured", name)
         elif isinstance(stage.model, str) and stage.model not in compared[by_model[name]]:

@@ -64,6 +64,23 @@ def test_a_careful_recipe_has_no_findings() -> None:
     assert findings() == []
 
 
+MARKED = {"chats": 0.9, "general": {"weight": 0.1, "general": True}}
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"chat": {"input": MARKED}}, set()),  # scores itself, and what is trained from it has its sets
+        ({"chat": {"evaluate": {"general": {"quiz": {"choices": "quiz.jsonl"}}}}}, set()),
+        ({"chat": {"input": MARKED, "evaluate": False}}, {("unmeasured", "chat"), ("unmeasured", "aligned")}),
+        ({"chat": {"input": MARKED}, "aligned": {"evaluate": False}}, {("unmeasured", "aligned")}),
+        ({"chat": {"input": {**MARKED, "chats": 9.9}}}, {("little_general_data", "chat")}),
+    ],
+)
+def test_a_stage_that_scores_itself_needs_no_evaluate_stage(changes: dict[str, Any], expected: set[tuple[str, str]]) -> None:
+    assert codes(**changes, scores={"models": ["base"]}) == expected
+
+
 @pytest.mark.parametrize(
     ("code", "stage", "changes"),
     [

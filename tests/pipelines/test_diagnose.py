@@ -141,6 +141,17 @@ def test_general_ability_is_what_evaluations_before_and_after_say(tmp_path: Path
     assert symptom.verdict == "bad" and symptom.note == ("general: 0.8 -> 0.6 accuracy", "general: 0.8 -> 0.6 准确率")
 
 
+def test_general_ability_is_also_what_training_scored_itself(tmp_path: Path) -> None:
+    general = {"role": "general", "set": "常识 facts", "measure": "loss", "before": 2.0, "after": 2.5, "lost": 0.39}
+    domain = {**general, "role": "domain", "set": "poems", "lost": 0.9}
+    run = run_of(tmp_path, ("chat", "sft", {}, {"evaluation": {"sets": [domain, general]}}), ("plain", "sft", {}, {}))
+    view = diagnose.load_run(run)
+    symptom = diagnose._general(view, view.stage("chat"))
+    assert symptom.verdict == "bad" and symptom.value == 0.39
+    assert symptom.note == ("常识 facts: 2 -> 2.5 nats a token", "常识 facts: 2 -> 2.5 每词元奈特数")
+    assert diagnose._general(view, view.stage("plain")).verdict == "unmeasured"
+
+
 def test_a_stage_without_a_model_is_an_error_that_names_those_with(tmp_path: Path) -> None:
     run = run_of(tmp_path, ("chat", "sft", {}, {}))
     with pytest.raises(SettingsError, match=r"stage 'chatt' made no model that writes; did you mean 'chat'\?"):
