@@ -260,15 +260,18 @@ def test_on_an_object_store_every_batch_is_an_object_and_replies_are_read_withou
 
 
 def test_reading_keeps_few_files_open(tmp_path: Path) -> None:
+    def opened() -> int:
+        return sum(Path(f"/proc/self/fd/{name}").resolve().is_relative_to(tmp_path) for name in os.listdir("/proc/self/fd"))
+
     cache = ReplyCache(str(tmp_path), "a")
     cache.put([(key(n), answer(n)) for n in range(2000)])
-    before = len(os.listdir("/proc/self/fd"))
+    assert opened() == 1
     assert all(cache.get(key(n)) == answer(n) for n in range(2000))
     cache.put([(key(n), answer(n)) for n in range(2000, 2100)])
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert opened() == 1
     del cache
     gc.collect()
-    assert len(os.listdir("/proc/self/fd")) < before
+    assert opened() == 0
 
 
 def wide(begin: int) -> list[tuple[str, Reply]]:
