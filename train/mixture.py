@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numba import njit
 
 BLOCK = 256
 _STEP = np.uint64(0x9E3779B97F4A7C15)
@@ -79,6 +80,9 @@ class Mixture:
     def _arrange(self, blocks: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The input of each of the 256 places of each block, and which of the input's samples in the block it is."""
         places = np.arange(BLOCK)
+        if counts.shape[1] == 1:
+            shape = (len(blocks), BLOCK)
+            return np.zeros(shape, np.int64), np.broadcast_to(places, shape)
         ends = counts.cumsum(axis=1)
         label = (places[None, :, None] >= ends[:, None, :]).sum(axis=2)
         rank = places[None, :] - np.take_along_axis(ends - counts, label, axis=1)
@@ -101,18 +105,25 @@ def permuted(values: np.ndarray, size: int, key: np.ndarray) -> np.ndarray:
     Rogaway 2002, section 3, "cycle walking"): random access in constant memory.
     """
     half = max(1, (max(2, size) - 1).bit_length() + 1 >> 1)
-    mask = np.uint64((1 << half) - 1)
-    shift = np.uint64(half)
-    result = np.asarray(values, np.uint64).copy()
-    key = np.broadcast_to(np.asarray(key, np.uint64), result.shape)
-    pending = np.arange(result.size)
-    while pending.size:
-        left, right = result[pending] >> shift, result[pending] & mask
-        for round_key in _ROUND_KEYS:
-            left, right = right, left ^ (_scramble(right + key[pending] + round_key) & mask)
-        result[pending] = (left << shift) | right
-        pending = pending[result[pending] >= np.uint64(size)]
-    return result.astype(np.int64)
+    given = np.asarray(values, np.int64)
+    return _walk(given, np.broadcast_to(np.asarray(key, np.uint64), given.shape), np.uint64(size), np.uint64(half))
+
+
+@njit(cache=True, nogil=True)
+def _walk(values, keys, size, half):  # type: ignore[no-untyped-def]
+    mask = (np.uint64(1) << half) - np.uint64(1)
+    images = np.empty(values.size, np.int64)
+    for n in range(values.size):
+        value = np.uint64(values[n])
+        while True:
+            left, right = value >> half, value & mask
+            for round_key in _ROUND_KEYS:
+                left, right = right, left ^ (_scramble_one(right + keys[n] + round_key) & mask)
+            value = (left << half) | right
+            if value < size:
+                break
+        images[n] = np.int64(value)
+    return images
 
 
 def _scramble(value: np.ndarray) -> np.ndarray:
@@ -120,6 +131,9 @@ def _scramble(value: np.ndarray) -> np.ndarray:
     value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return value ^ (value >> np.uint64(31))
+
+
+_scramble_one = njit(_scramble)
 
 
 def _mix(*pieces: int | np.ndarray) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""One side of benchmarks.train.launcher: a pretraining job here (alone or under torchrun), or in a Ray Train group of two.
+"""One side of benchmarks.train.launcher: a pretraining job here (alone or under torchrun), or in a Ray Train group.
 
 Prints {"seconds": seconds between steps, "losses": ...} from the event file that the job's first worker wrote.
 """
@@ -22,10 +22,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("job", type=Path)
     parser.add_argument("directory")
-    parser.add_argument("--ray", action="store_true")
+    parser.add_argument("--ray", type=int, metavar="WORKERS", help="in a group of so many")
     parsed = parser.parse_args()
     if parsed.ray:
-        _in_a_group(json.loads(parsed.job.read_text()), parsed.directory)
+        _in_a_group(json.loads(parsed.job.read_text()), parsed.directory, parsed.ray)
         _print_timeline(parsed.directory)
         return
     from train import pretrain
@@ -52,8 +52,8 @@ def group(workers: int, storage_path: str) -> Iterator[TrainGroup]:
         ray.shutdown()
 
 
-def _in_a_group(config: dict[str, Any], directory: str) -> None:
-    with group(2, f"{directory}-group") as started:
+def _in_a_group(config: dict[str, Any], directory: str, workers: int) -> None:
+    with group(workers, f"{directory}-group") as started:
         started.run({"kind": "pretrain", "config": config, "directory": directory})
 
 
