@@ -12,6 +12,7 @@ from train.mixture import Mixture, permuted, weights_by_tokens
 sizes_and_weights = st.lists(st.tuples(st.integers(1, 700), st.floats(0.001, 10)), min_size=1, max_size=4)
 
 
+@settings(deadline=None)
 @given(st.integers(1, 5000), st.integers(0, 2**63))
 def test_a_permutation_is_one(size: int, key: int) -> None:
     images = permuted(np.arange(size), size, np.uint64(key))
