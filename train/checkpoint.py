@@ -1,4 +1,5 @@
-"""Checkpoints: directories `step-NNNNNNNN` under one root, visible whole or not at all, the newest few kept.
+"""Checkpoints of pretraining and fine-tuning: directories `step-NNNNNNNN` under one root, visible whole or not at all, the
+newest few kept.
 
 Every worker writes the parts of weights and optimizer that it holds to a safetensors file of its own, so nothing passes
 through one machine; `index.json` says where the parts of each tensor are. Whoever reads takes just what it needs, by
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import json
 import math
+import random
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -32,7 +34,7 @@ from train import artifacts
 from train.layout import box, held
 from train.parallel import Workers
 
-_NAME = re.compile(r"^(?:step|checkpoint)-(\d+)$")
+_NAME = re.compile(r"^step-(\d+)$")
 KEEP = 2
 INDEX, STATE = "index.json", "state.json"
 
@@ -104,15 +106,41 @@ def write_state(directory: Path, state: dict[str, Any]) -> None:
 
 
 def slots(
-    parameters: Mapping[str, torch.nn.Parameter], optimizer: torch.optim.Optimizer
+    parameters: Mapping[str, torch.nn.Parameter], optimizer: torch.optim.Optimizer | None = None
 ) -> dict[str, tuple[torch.Tensor, torch.nn.Parameter]]:
     """What a checkpoint holds, by key, each with the parameter it lies like: `weight/NAME` and `optimizer/NAME/SLOT`."""
     found: dict[str, tuple[torch.Tensor, torch.nn.Parameter]] = {}
     for name, parameter in parameters.items():
         found[f"weight/{name}"] = (parameter.detach(), parameter)
-        for slot, value in optimizer.state.get(parameter, {}).items():
+        for slot, value in (optimizer.state.get(parameter, {}) if optimizer is not None else {}).items():
             found[f"optimizer/{name}/{slot}"] = (torch.as_tensor(value), parameter)
     return found
+
+
+def generators(device: torch.device) -> dict[str, torch.Tensor]:
+    """The states of this worker's random generators: torch's, Python's and NumPy's."""
+    _, words, position, _, _ = np.random.get_state(legacy=True)  # type: ignore[misc]
+    states = {
+        "cpu": torch.get_rng_state(),
+        "python": torch.tensor(random.getstate()[1]),
+        "numpy": torch.tensor([*map(int, words), int(position)]),
+    }
+    if device.type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state(device)
+    return states
+
+
+def set_generators(states: Mapping[str, torch.Tensor], device: torch.device) -> None:
+    """Set this worker's random generators as they were; one whose state is not there keeps what it has."""
+    if "cpu" in states:
+        torch.set_rng_state(states["cpu"])
+    if "cuda" in states and device.type == "cuda":
+        torch.cuda.set_rng_state(states["cuda"], device)
+    if "python" in states:
+        random.setstate((3, tuple(states["python"].tolist()), None))
+    if "numpy" in states:
+        words = states["numpy"].tolist()
+        np.random.set_state(("MT19937", np.array(words[:-1], np.uint32), words[-1], 0, 0.0))
 
 
 @dataclass
@@ -127,11 +155,18 @@ class Writer:
     """Writes checkpoints of one job in the background, one at a time.
 
     The parts of a weight that several workers hold are written by one of them, so that each writes about as much. All
-    workers must construct one together, with the same parameters.
+    workers must construct one together, with the same parameters. `state_file` is what the plain data is called.
     """
 
-    def __init__(self, root: str, parameters: Mapping[str, torch.nn.Parameter], workers: Workers, keep: int = KEEP) -> None:
-        self.root, self.workers, self.keep = root, workers, keep
+    def __init__(
+        self,
+        root: str,
+        parameters: Mapping[str, torch.nn.Parameter],
+        workers: Workers,
+        keep: int = KEEP,
+        state_file: str = STATE,
+    ) -> None:
+        self.root, self.workers, self.keep, self.state_file = root, workers, keep, state_file
         self._mine = _ownership(parameters, workers)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: _Pending | None = None
@@ -151,19 +186,20 @@ class Writer:
         self,
         step: int,
         tensors: Mapping[str, tuple[torch.Tensor, torch.nn.Parameter]],
-        random: Mapping[str, torch.Tensor],
         state: dict[str, Any],
+        random_states: Mapping[str, torch.Tensor],
+        name: str | None = None,
     ) -> None:
         """Copy what this worker writes, then write it in the background. Waits for an earlier checkpoint. All take part.
 
-        `random` are this worker's generator states, `state` is plain data, the same on every worker.
+        `state` is plain data, the same on every worker, `random_states` are this worker's `generators`. A checkpoint with
+        a `name` of its own is none that a run goes on from, and is not deleted with those.
         """
         self.finish()
         parts: dict[str, torch.Tensor] = {}
         boxes: dict[str, dict[str, Any]] = {}
         for key, (tensor, parameter) in tensors.items():
-            name = key.split("/", 2)[1]
-            if name not in self._mine:
+            if key.split("/", 2)[1] not in self._mine:
                 continue
             scalar = tensor.ndim == 0
             offset, size = ((), ()) if scalar else box(parameter)
@@ -173,8 +209,8 @@ class Writer:
             boxes[key] = {"shape": [] if scalar else list(parameter.shape), "offset": list(offset), "size": list(size)}
         if self.workers.device.type == "cuda":
             torch.cuda.current_stream(self.workers.device).synchronize()
-        parts |= {f"random/{name}": value.clone() for name, value in random.items()}
-        directory = storage.join(self.root, f"step-{step:08d}")
+        parts |= {f"random/{generator}": value.clone() for generator, value in random_states.items()}
+        directory = storage.join(self.root, name or f"step-{step:08d}")
         # What an interrupted attempt left must not look complete while its files are replaced.
         self.workers.on_first(lambda: storage.delete(directory))
         file = f"worker-{self.workers.rank:05d}.safetensors"
@@ -204,7 +240,7 @@ class Writer:
             for part in parts:
                 for key, entry in part["tensors"].items():
                     index["tensors"].setdefault(key, []).append({"file": part["file"], **entry})
-            texts = {INDEX: json.dumps(index), STATE: json.dumps(pending.state, sort_keys=True)}
+            texts = {INDEX: json.dumps(index), self.state_file: json.dumps(pending.state, sort_keys=True)}
             sizes = {part["file"]: part["bytes"] for part in parts}
             for name, text in texts.items():
                 storage.write_bytes(storage.join(pending.directory, name), text.encode())
@@ -279,9 +315,9 @@ def _write_file(stream: Any, header: bytes, parts: Mapping[str, torch.Tensor]) -
 class Reader:
     """A complete checkpoint, read by ranges. Raises ValueError when its index is damaged."""
 
-    def __init__(self, directory: str) -> None:
+    def __init__(self, directory: str, state_file: str = STATE) -> None:
         self.directory = directory
-        self.state: dict[str, Any] = json.loads(storage.read_bytes(storage.join(directory, STATE)))
+        self.state: dict[str, Any] = json.loads(storage.read_bytes(storage.join(directory, state_file)))
         index = json.loads(storage.read_bytes(storage.join(directory, INDEX)))
         self.workers = int(index["workers"])
         self._parts: dict[str, list[dict[str, Any]]] = index["tensors"]
@@ -346,10 +382,10 @@ class Reader:
                 found[key.removeprefix("random/")] = values.reshape(entry["shape"])
         return found
 
-    def load(self, parameters: Mapping[str, torch.nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
+    def load(self, parameters: Mapping[str, torch.nn.Parameter], optimizer: torch.optim.Optimizer | None = None) -> None:
         """Fill parameters and optimizer with the parts that this worker holds, however they were cut when written."""
         wanted: dict[str, list[str]] = {}
-        for key in self._parts:
+        for key in self._parts if optimizer is not None else ():
             if key.startswith("optimizer/"):
                 _, name, slot = key.split("/", 2)
                 wanted.setdefault(name, []).append(slot)
@@ -357,7 +393,8 @@ class Reader:
             for name, parameter in parameters.items():
                 offset, size = box(parameter)
                 held(parameter).copy_(self.read(f"weight/{name}", offset, size))
-                for slot in wanted.get(name, []):
+                for slot in wanted.get(name, ()):
+                    assert optimizer is not None
                     key = f"optimizer/{name}/{slot}"
                     if not self.shape(key):
                         # The number of steps: kept on the host by optimizers that are not fused.

@@ -24,13 +24,12 @@ import numpy as np
 import torch
 import transformers
 from peft import PeftModel
-from torch.distributed.fsdp import FSDPModule
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from cluster import storage
 from operators.synthesis import packaged
 from operators.synthesis.packaged import content_revision
-from train import adapters, artifacts, evaluation_sets, retention, scoring
+from train import adapters, artifacts, evaluation_sets, layout, retention, scoring
 from train.errors import JobCancelled
 from train.evaluation_sets import Item, Scorable
 from train.parallel import Workers
@@ -226,8 +225,7 @@ def scorer(model: Any, workers: Workers, precision: str, *, bare: bool = False) 
                         found[torch.tensor(chosen, device=device)] = torch.from_numpy(sums).to(device)
         finally:
             model.train(training)
-        if isinstance(model, FSDPModule):
-            model.reshard()  # the root stays whole after a forward pass that no backward pass follows
+        layout.reshard(model)
         return np.asarray(workers.sum(found).cpu().numpy())
 
     return score

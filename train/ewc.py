@@ -31,10 +31,9 @@ from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from cluster import storage
-from train import artifacts, models
+from train import artifacts, layout, models
 from train.parallel import Workers
 from train.settings import EwcTerm
-from train.sharding import local
 
 FILE, DESCRIPTION = "fisher.safetensors", "fisher.json"
 
@@ -192,7 +191,7 @@ class Ewc:
             else:
                 for name, parameter in parameters.items():
                     quadratic = self._parts[name]
-                    moved = local(parameter).detach().float() - quadratic.centre
+                    moved = layout.held(parameter).detach().float() - quadratic.centre
                     gradient = quadratic.curvature * moved
                     total += _value(quadratic, gradient, moved)
                     _add(parameter, gradient)
@@ -202,7 +201,7 @@ class Ewc:
         assert self._parts is not None
         quadratic = self._parts[adapter.weight]
         a, b = parameters[adapter.a], parameters[adapter.b]
-        rows = local(b).detach().float()  # of the merged weight, those that this worker holds
+        rows = layout.held(b).detach().float()  # of the merged weight, those that this worker holds
         across = (a.full_tensor() if isinstance(a, DTensor) else a).detach().float()
         moved = adapter.scale * (rows @ across) - quadratic.centre
         gradient = quadratic.curvature * moved
@@ -224,10 +223,11 @@ class Ewc:
                 )
             wanted = {adapter.weight: parameters[adapter.b] for adapter in self._adapters}
             across = {adapter.weight: parameters[adapter.a].shape[1] for adapter in self._adapters}
-            shapes: dict[str, tuple[int, ...]] = {name: (len(local(parameter)), across[name]) for name, parameter in wanted.items()}
+            outputs = {name: len(layout.held(parameter)) for name, parameter in wanted.items()}
+            shapes: dict[str, tuple[int, ...]] = {name: (outputs[name], across[name]) for name in wanted}
         else:
             wanted = dict(parameters)
-            shapes = {name: tuple(local(parameter).shape) for name, parameter in wanted.items()}
+            shapes = {name: tuple(layout.held(parameter).shape) for name, parameter in wanted.items()}
         names = list(wanted)
         device = self.workers.device
         parts: dict[str, _Quadratic] = {}
@@ -288,7 +288,7 @@ def _add(parameter: torch.nn.Parameter, gradient: torch.Tensor) -> None:
     given: Any = parameter.grad
     if isinstance(parameter, DTensor) and given.placements != parameter.placements:
         parameter.grad = given = given.redistribute(placements=parameter.placements)
-    local(given).add_(gradient.to(parameter.dtype))
+    layout.held(given).add_(gradient.to(parameter.dtype))
 
 
 def _share(parameter: torch.Tensor, world: int) -> float:

@@ -17,8 +17,8 @@ import time
 import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -37,7 +37,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from cluster import storage
 from operators import shards
 from operators.tokens import holdout
-from train import adapters, artifacts, checkpoint, models, samples, sharding, snapshots
+from train import adapters, artifacts, checkpoint, models, samples, sharding
 from train.errors import JobCancelled, NonFiniteLoss
 from train.lora import adapter_config as adapter_config
 from train.mixture import Mixture
@@ -53,7 +53,7 @@ Penalty = Callable[[Mapping[str, torch.nn.Parameter]], torch.Tensor]
 parameters by name, after the backward pass of the last micro batch and before clipping. It adds its gradient to each
 `parameter.grad` (which may be None) and returns its value, a scalar that is the same on every worker. Gradients are those
 of the mean over all workers by then, so nothing is scaled by their number. Under FSDP2 parameters and gradients are
-DTensors cut along the first dimension: work on `sharding.local(...)` and sum the value over workers."""
+DTensors cut along the first dimension: work on `layout.held(...)` and sum the value over workers."""
 
 
 @dataclass
@@ -230,6 +230,7 @@ class PlannedTrainer:
     root: str
     penalties: Mapping[str, Penalty] = {}
     _penalty_values: Mapping[str, torch.Tensor] = {}
+    writer: checkpoint.Writer | None = None  # made with the first checkpoint, when the model is as it will be trained
 
     def _prepare_for_training(self, *arguments: Any, **named: Any) -> Any:
         """Cuts the model first, where that is asked for: the optimizer is made of what it holds then."""
@@ -239,35 +240,77 @@ class PlannedTrainer:
             trainer.is_distributed_loading_by_transformers = True  # "the model owns its placement": no DDP around it
         return super()._prepare_for_training(*arguments, **named)  # type: ignore[misc]
 
+    def _maybe_log_save_evaluate(self, *arguments: Any, **named: Any) -> None:
+        """After each step: the checkpoint of an earlier one, which was written meanwhile, comes into force."""
+        if self.writer is not None:
+            self.writer.finish()
+        super()._maybe_log_save_evaluate(*arguments, **named)  # type: ignore[misc]
+
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """Checkpoints in a layout of our own: no pickles, and any number of workers reads them (`train.snapshots`)."""
+        """Checkpoints as pretraining writes them (`train.checkpoint`), of what is trained; frozen weights are the base's."""
         trainer: Any = self
-        state = json.dumps(dataclasses.asdict(trainer.state), sort_keys=True)
-        destination = storage.join(self.root, f"checkpoint-{trainer.state.global_step}")
-        parameters = sharding.trained(trainer.model)
         optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
-        snapshots.save(destination, parameters, optimizer, {TRAINER_STATE_NAME: state}, self.workers)
-        self.workers.on_first(lambda: checkpoint.prune(self.root))
+        self._start(optimizer, dataclasses.asdict(trainer.state), checkpoint.generators(self.workers.device))
+
+    def _start(
+        self,
+        optimizer: torch.optim.Optimizer | None,
+        state: dict[str, Any],
+        generators: Mapping[str, torch.Tensor],
+        name: str | None = None,
+    ) -> checkpoint.Writer:
+        """Begin to write a checkpoint. All workers take part."""
+        trainer: Any = self
+        parameters = sharding.trained(trainer.model)
+        if self.writer is None:
+            self.writer = checkpoint.Writer(self.root, parameters, self.workers, state_file=TRAINER_STATE_NAME)
+        self.writer.start(trainer.state.global_step, checkpoint.slots(parameters, optimizer), state, generators, name)
+        return self.writer
+
+    def keep_best(self, step: int) -> None:
+        """Keep the weights as they are, those of this step's evaluation, and of no other."""
+        self._start(None, {}, {}, f"best-{step}").finish()
+
+        def prune() -> None:
+            for path in storage.list_directories(self.root):
+                if re.fullmatch(r"best-\d+", path.rpartition("/")[2]) and not path.endswith(f"/best-{step}"):
+                    storage.delete(path)
+
+        self.workers.on_first(prune)
+
+    def _read(self, directory: str, optimizer: torch.optim.Optimizer | None = None) -> dict[str, Any]:
+        """Load weights and, where given, an optimizer; the state that lies beside them."""
+        trainer: Any = self
+
+        def read() -> dict[str, Any]:
+            with closing(checkpoint.Reader(directory, TRAINER_STATE_NAME)) as reader:
+                reader.load(sharding.trained(trainer.model), optimizer)
+                return reader.state
+
+        return self.workers.together(read)
+
+    def recall_best(self, step: int) -> None:
+        """Take up the weights that `keep_best` kept."""
+        self._read(storage.join(self.root, f"best-{step}"))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """Weights are read with the optimizer's state, once the model is as it will be trained."""
 
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if checkpoint is None:
+    def _load_optimizer_and_scheduler(self, directory: str | None) -> None:
+        if directory is None:
             return
         trainer: Any = self
         optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
-        directory = Path(checkpoint)
-        self.workers.together(lambda: snapshots.load(directory, sharding.trained(trainer.model), optimizer))
-        step = int(json.loads((directory / TRAINER_STATE_NAME).read_text("utf-8"))["global_step"])
+        step = int(self._read(directory, optimizer)["global_step"])
         trainer.lr_scheduler.last_epoch = step
         for group, rate in zip(optimizer.param_groups, trainer.lr_scheduler.base_lrs, strict=True):
             group["lr"] = rate * self.job.schedule.factor(step, self.job.planned_steps)
         trainer.lr_scheduler._last_lr = [group["lr"] for group in optimizer.param_groups]  # what the next step is logged with
 
-    def _load_rng_state(self, checkpoint: str | None) -> None:
-        if checkpoint is not None:
-            snapshots.load_random_states(Path(checkpoint), self.workers)
+    def _load_rng_state(self, directory: str | None) -> None:
+        if directory is not None:
+            with closing(checkpoint.Reader(directory, TRAINER_STATE_NAME)) as reader:
+                checkpoint.set_generators(reader.random_states(self.workers.rank), self.workers.device)
 
     def _clip_grad_norm(self, model: torch.nn.Module) -> torch.Tensor:
         trainer: Any = self
@@ -470,12 +513,11 @@ def complete(
     trainer.job, trainer.order = job, planned_order(examples, mixture, job)
     trainer.workers, trainer.root = workers, root
     follow.penalties = tuple(trainer.penalties)
-    follow.keep = lambda step: _keep_best(trainer, root, step, workers)
+    follow.keep = trainer.keep_best
     compared = _compared(trainer, job, directory, workers)
     train(trainer, follow, root, workers, trainer.announcement(plan(job, examples, mixture)))
     if follow.best is not None:
-        best = storage.join(root, f"best-{follow.best['step']}")
-        workers.together(lambda: snapshots.load(artifacts.local_directory(best), sharding.trained(trainer.model), None))
+        trainer.recall_best(follow.best["step"])
     more = trainer.finale()
     if compared is not None:
         more["evaluation"] = compared()
@@ -508,18 +550,6 @@ def _compared(trainer: Any, job: FinetuneJob, directory: str, workers: Workers) 
     return lambda: compared.after(scorer(trainer.model, workers, job.precision), tokenizer, length)
 
 
-def _keep_best(trainer: Any, root: str, step: int, workers: Workers) -> None:
-    """Keep the weights of the best evaluation, and of no other."""
-    snapshots.save(storage.join(root, f"best-{step}"), sharding.trained(trainer.model), None, {}, workers)
-
-    def prune() -> None:
-        for path in storage.list_directories(root):
-            if re.fullmatch(r"best-\d+", path.rpartition("/")[2]) and not path.endswith(f"/best-{step}"):
-                storage.delete(path)
-
-    workers.on_first(prune)
-
-
 def train(trainer: Any, follow: Follow, root: str, workers: Workers, note: str) -> None:
     """Tell the plan (`note`), then run a TRL trainer from its newest whole checkpoint to the end.
 
@@ -536,7 +566,13 @@ def train(trainer: Any, follow: Follow, root: str, workers: Workers, note: str) 
     if found is not None:
         follow.recall(json.loads((found[1] / TRAINER_STATE_NAME).read_text("utf-8"))["log_history"])
     if not follow.exhausted:  # else it was stopped early and ended before its export was written
-        trainer.train(resume_from_checkpoint=None if found is None else str(found[1]))
+        try:
+            trainer.train(resume_from_checkpoint=None if found is None else str(found[1]))
+            if trainer.writer is not None:
+                trainer.writer.finish()
+        finally:
+            if trainer.writer is not None:
+                trainer.writer.close()
     if follow.stopped:
         raise JobCancelled(f"stopped after step {trainer.state.global_step}; the checkpoint is in {root}")
 

@@ -24,7 +24,7 @@ import torch.nn.attention.varlen  # registers an operator named below
 import torch.nn.functional as F
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, SequenceParallel, parallelize_module
@@ -262,6 +262,13 @@ def box(tensor: torch.Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
 def held(tensor: torch.Tensor) -> torch.Tensor:
     """The part of a tensor that this worker holds."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def reshard(model: nn.Module) -> None:
+    """Cut a model under FSDP2 again after forward passes that no backward pass followed, which leave its root whole: what then
+    looks at the parameters must find what this worker holds. Any other model is as it was."""
+    if isinstance(model, FSDPModule):
+        model.reshard()
 
 
 def fill(network: nn.Module, source: nn.Module | None, layout: Layout) -> None:

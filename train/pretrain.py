@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import pyarrow.parquet as pq
 import torch
-from torch.distributed.fsdp import FSDPModule
 from transformers import AutoConfig
 from transformers.modeling_utils import PreTrainedModel
 
@@ -212,8 +211,7 @@ def _scorer(job: PretrainJob, place: Layout, objective: PackedLoss, length: int)
             if index < len(rows):
                 found[index] = -parts["cross_entropy"].double()
         objective.train(training)
-        if isinstance(objective, FSDPModule):
-            objective.reshard()  # the root stays whole after a forward pass that no backward pass follows
+        layout.reshard(objective)
         return np.asarray((workers.sum(found) / place.tensor).cpu().numpy())
 
     return score
@@ -288,11 +286,7 @@ class _Training:
         if position != step * self.job.batch_sequences:
             raise ValueError(f"{found[1]} stands at sample {position}, which is not the start of step {step}")
         reader.load(self.parameters, self.optimizer)
-        random = reader.random_states(self.workers.rank)
-        if "cpu" in random:
-            torch.set_rng_state(random["cpu"])
-        if "cuda" in random and self.workers.device.type == "cuda":
-            torch.cuda.set_rng_state(random["cuda"], self.workers.device)
+        checkpoint.set_generators(reader.random_states(self.workers.rank), self.workers.device)
         reader.close()
         self.step, self.tokens = step, int(state["loader"]["tokens"])
         self.curve, self.every = state["curve"], int(state["curve_every"])
@@ -438,9 +432,6 @@ class _Training:
         return ", ".join(words)
 
     def _save(self) -> None:
-        random = {"cpu": torch.get_rng_state()}
-        if self.workers.device.type == "cuda":
-            random["cuda"] = torch.cuda.get_rng_state(self.workers.device)
         state = {
             "batch_sequences": self.job.batch_sequences,
             "loader": self.loader.state(self.step * self.job.batch_sequences, self.tokens),
@@ -448,7 +439,8 @@ class _Training:
             "curve": list(self.curve),
             "curve_every": self.every,
         }
-        self.writer.start(self.step, checkpoint.slots(self.parameters, self.optimizer), random, state)
+        tensors = checkpoint.slots(self.parameters, self.optimizer)
+        self.writer.start(self.step, tensors, state, checkpoint.generators(self.workers.device))
 
     def result(self) -> dict[str, Any]:
         """Called when all steps are done."""

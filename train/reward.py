@@ -10,7 +10,6 @@ import numpy as np
 import pyarrow as pa
 import torch
 from peft import LoraConfig
-from torch.distributed.fsdp import FSDPModule
 from transformers import AutoConfig, AutoModelForSequenceClassification, GenerationConfig
 from transformers.modeling_utils import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
@@ -18,7 +17,7 @@ from trl import RewardConfig, RewardTrainer
 from trl.trainer.reward_trainer import DataCollatorForPreference
 
 from cluster import storage
-from train import adapters, finetune, lora, models, templates
+from train import adapters, finetune, layout, lora, models, templates
 from train.finetune import ArrowSpool, Examples, Follow, PlannedTrainer
 from train.parallel import Workers
 from train.rendering import encoded, rendered
@@ -74,8 +73,7 @@ class _Trainer(PlannedTrainer, RewardTrainer):  # type: ignore[misc]
                 if index < len(batches):
                     found[torch.tensor(batch, device=self.args.device)] = logits[:, 0].double()
         model.train()
-        if isinstance(model, FSDPModule):
-            model.reshard()  # the root stays whole after a forward pass that no backward pass follows
+        layout.reshard(model)
         return self.workers.sum(found).cpu().numpy()
 
 

@@ -140,6 +140,13 @@ class TrainGroup:
         self._thread = None
 
 
+def _threads() -> int:
+    """Threads of a worker: `DANLU_THREADS`, else its share of the cores that this process may use. (Ray sets `OMP_NUM_THREADS` to
+    1 by itself, which would not be told from a wish.)"""
+    share = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return int(os.environ.get("DANLU_THREADS") or max(1, share))
+
+
 def serve(config: dict[str, Any]) -> None:
     """The train loop of one worker: do jobs until told to stop."""
     _prepare_process()
@@ -148,7 +155,7 @@ def serve(config: dict[str, Any]) -> None:
     from train.parallel import Workers
 
     coordinator = config["coordinator"]
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+    torch.set_num_threads(_threads())
     workers = Workers.here()
     incarnation = workers.share(uuid.uuid4().hex)
     jobs.warm_up()

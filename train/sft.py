@@ -17,7 +17,7 @@ from trl import SFTConfig, SFTTrainer
 
 from cluster import storage
 from operators.tokens import holdout
-from train import ewc, finetune, lora, models, rehearsal
+from train import ewc, finetune, layout, lora, models, rehearsal
 from train.batches import Step, Steps, TokenRows, step_of
 from train.finetune import ArrowSpool, Examples, Follow, PlannedTrainer
 from train.loader import IGNORE
@@ -123,6 +123,7 @@ class Trainer(PlannedTrainer, SFTTrainer):  # type: ignore[misc]
                 for part in self._step(rows, order[start : start + size]).passes:
                     self._losses(self.model_wrapped, part)
         model.train()
+        layout.reshard(model)
         loss, _, tokens = self._totals()
         return loss / max(1.0, tokens)
 

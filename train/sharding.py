@@ -16,25 +16,10 @@ import torch
 from peft import PeftModel
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor, Shard
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from torch.distributed.tensor import DTensor
 
+from train.layout import held, reshard
 from train.parallel import Workers
-
-
-def local(tensor: torch.Tensor) -> torch.Tensor:
-    """The part of a tensor that this worker holds: a shard under FSDP2, else all of it."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def rows_held(parameter: torch.Tensor) -> tuple[int, int]:
-    """(first row, rows) that this worker holds of a parameter; a scalar is one row."""
-    if not isinstance(parameter, DTensor):
-        return 0, parameter.shape[0] if parameter.ndim else 1
-    if parameter.placements != (Shard(0),):
-        raise ValueError(f"a parameter is placed as {parameter.placements}; only whole rows can be kept apart")
-    shape, offset = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
-    return (int(offset[0]) if shape[0] else 0), int(shape[0])
 
 
 def trained(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
@@ -74,17 +59,18 @@ def shard(model: Any, workers: Workers) -> None:
 
 def verify(model: torch.nn.Module, whole: Mapping[str, int], world: int) -> None:
     """Count what this worker holds. Raises ValueError unless that is its share, give or take a row of each parameter."""
-    held = sum(local(parameter).numel() for parameter in model.parameters())
+    share = sum(held(parameter).numel() for parameter in model.parameters())
     spare = sum(parameter.numel() // max(1, parameter.shape[0]) for parameter in model.parameters() if parameter.ndim)
-    if held > sum(whole.values()) / world + spare:
+    if share > sum(whole.values()) / world + spare:
         raise ValueError(
-            f"sharding: fsdp2 was asked for, but this worker holds {held} of {sum(whole.values())} parameters, not a share of "
+            f"sharding: fsdp2 was asked for, but this worker holds {share} of {sum(whole.values())} parameters, not a share of "
             f"1/{world}: nothing was sharded"
         )
 
 
 def gather(model: torch.nn.Module, keep: bool) -> None:
     """Make a sharded model an ordinary one, whole on the CPU where `keep` is True and empty elsewhere. All workers take part."""
+    reshard(model)
     whole: dict[int, torch.nn.Parameter] = {}
     for module in model.modules():
         for name, parameter in list(module._parameters.items()):

@@ -53,7 +53,7 @@ def main() -> None:
             def side(name: str, launcher: list[str], flags: list[str]) -> measure.Usage:
                 command = [sys.executable, *launcher, "-m", "benchmarks.train.launcher_side", str(path)]
                 place = f"{scratch}/run/{name}-{workers}/{next(number)}"
-                return measure.process([*command, place, *flags], env={"OMP_NUM_THREADS": "1"})
+                return measure.process([*command, place, *flags], env={"OMP_NUM_THREADS": "1", "DANLU_THREADS": "1"})
 
             torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", str(workers), "--standalone"]
             ray = ["--ray", str(workers)]
