@@ -214,7 +214,8 @@ class TokenLoader:
     def batch(self, positions: np.ndarray) -> Batch:
         """The samples at these positions, in order."""
         draw = self.locate(positions)
-        batch = Batch(*np.empty((3, len(draw.row), self.length), np.int32), 0)
+        ids, places, labels = np.empty((3, len(draw.row), self.length), np.int32)
+        batch = Batch(ids, places, labels, 0)
         if len(self.corpora) == 1:
             return replace(batch, valid_tokens=self.corpora[0].fill(draw.row, batch, np.arange(len(draw.row))))
         valid = 0
