@@ -388,6 +388,9 @@ def check_compiler(device: torch.device) -> None:
 
 def compile_blocks(network: PreTrainedModel) -> None:
     """Compile each block in place: blocks are alike, so the first one's code serves all."""
+    # Under DDP the compiler would cut graphs where gradients are summed, to overlap both; a block is such a cut already, and the
+    # cutter does not know selective checkpointing.
+    torch._dynamo.config.optimize_ddp = False
     for block in blocks(network):
         block.compile()
 
