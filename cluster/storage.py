@@ -284,11 +284,11 @@ def list_all(path: str, recursive: bool = True) -> list[FileEntry]:
     if filesystem.get_file_info(inner).type != pafs.FileType.Directory:
         return []
     prefix = inner.rstrip("/") + "/"
-    found = [
-        FileEntry(join(path, entry.path.removeprefix(prefix)), entry.path.removeprefix(prefix), int(entry.size), int(entry.mtime_ns or 0))
-        for entry in filesystem.get_file_info(pafs.FileSelector(inner, recursive=recursive))
-        if entry.type == pafs.FileType.File
-    ]
+    found = []
+    for entry in filesystem.get_file_info(pafs.FileSelector(inner, recursive=recursive)):
+        if entry.type == pafs.FileType.File:
+            relative = entry.path.removeprefix(prefix)
+            found.append(FileEntry(join(path, relative), relative, int(entry.size), int(entry.mtime_ns or 0)))
     return sorted(found, key=lambda entry: entry.relative)
 
 

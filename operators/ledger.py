@@ -1,4 +1,4 @@
-"""The account of rows: in + created = kept + rejected + quarantined (+ forgotten, after a takedown), checked at commit."""
+"""The account of rows: rows in + rows created = rows kept + rows rejected + rows quarantined, checked at commit."""
 
 from __future__ import annotations
 
@@ -14,15 +14,13 @@ class LedgerError(RuntimeError):
 
 @dataclass
 class Ledger:
-    """Counts of rows. `rejected` is keyed by `operator:reason`; `quarantined` rows could not be read or crashed their reader;
-    `forgotten` rows were taken out of the finished stage by `danlu forget`, from whatever account they stood in."""
+    """Counts of rows. `rejected` is keyed by `operator:reason`; `quarantined` rows could not be read or crashed their reader."""
 
     rows_in: int = 0
     created: int = 0
     kept: int = 0
     rejected: Counter[str] = field(default_factory=Counter)
     quarantined: int = 0
-    forgotten: int = 0
 
     def add(self, other: Ledger) -> None:
         self.rows_in += other.rows_in
@@ -30,16 +28,14 @@ class Ledger:
         self.kept += other.kept
         self.rejected.update(other.rejected)
         self.quarantined += other.quarantined
-        self.forgotten += other.forgotten
 
     def check(self, where: str) -> None:
         """Raises LedgerError, with both sides of the equation, when the account does not balance."""
-        left, right = self.rows_in + self.created, self.kept + self.rejected.total() + self.quarantined + self.forgotten
+        left, right = self.rows_in + self.created, self.kept + self.rejected.total() + self.quarantined
         if left != right:
             raise LedgerError(
                 f"{where}: the ledger does not balance: in {self.rows_in} + created {self.created} = {left}, but "
-                f"kept {self.kept} + rejected {self.rejected.total()} + quarantined {self.quarantined}"
-                f"{f' + forgotten {self.forgotten}' if self.forgotten else ''} = {right}"
+                f"kept {self.kept} + rejected {self.rejected.total()} + quarantined {self.quarantined} = {right}"
             )
 
     def to_json(self) -> dict[str, Any]:
@@ -49,13 +45,11 @@ class Ledger:
             "kept": self.kept,
             "rejected": dict(sorted(self.rejected.items())),
             "quarantined": self.quarantined,
-            **({"forgotten": self.forgotten} if self.forgotten else {}),
         }
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Ledger:
-        counts = (data["in"], data["created"], data["kept"], Counter(data["rejected"]), data["quarantined"])
-        return cls(*counts, data.get("forgotten", 0))
+        return cls(data["in"], data["created"], data["kept"], Counter(data["rejected"]), data["quarantined"])
 
 
 @dataclass(frozen=True)

@@ -103,16 +103,17 @@ def _check_version(path: str, data: dict[str, Any]) -> None:
     """Raises SettingsError for a manifest that this version cannot read."""
     written = (data.get("versions") or {}).get("tables", str(tables.SCHEMA_VERSION))
     unknown = sorted(set(data) - {item.name for item in fields(Manifest)} - {"rows"})
-    missing = sorted({item.name for item in fields(Manifest) if item.default is MISSING and item.default_factory is MISSING} - set(data))
-    reads = f"this version of Danlu reads version {tables.SCHEMA_VERSION}"
-    if not str(written).isdigit() or not 1 <= int(written):
+    needed = {item.name for item in fields(Manifest) if item.default is MISSING and item.default_factory is MISSING}
+    missing = sorted(needed - set(data))
+    reads = f"this Danlu reads version {tables.SCHEMA_VERSION}"
+    if not str(written).isdigit() or not int(written) >= 1:
         raise SettingsError(f"{path}: the manifest is of an unknown version ({written!r}); {reads}: run the stage again")
     if int(written) > tables.SCHEMA_VERSION:
-        raise SettingsError(f"{path}: the manifest is of version {written}, newer than this Danlu; {reads}: update Danlu to read it")
+        raise SettingsError(f"{path}: the manifest is of version {written}, newer than this Danlu; {reads}: update Danlu")
     if int(written) < tables.SCHEMA_VERSION:
-        raise SettingsError(f"{path}: the manifest is of the older version {written}; {reads}: run the recipe again to make it anew")
+        raise SettingsError(f"{path}: the manifest is of the older version {written}; {reads}: run the recipe again")
     if unknown:
-        raise SettingsError(f"{path}: the manifest has {', '.join(unknown)}, which only a newer Danlu knows: update Danlu to read it")
+        raise SettingsError(f"{path}: the manifest has {', '.join(unknown)}, which only a newer Danlu knows: update Danlu")
     if missing:
         raise SettingsError(f"{path}: the manifest lacks {', '.join(missing)}; {reads}: restore it, or run the stage again")
 

@@ -152,7 +152,9 @@ def _parser() -> argparse.ArgumentParser:
     status.add_argument("--watch", action="store_true", help="look again and again until the run has ended")
     status.add_argument("--every", type=_positive, default=5, metavar="S", help="seconds between two looks (default: 5)")
     status.set_defaults(run=_status)
-    diff = commands.add_parser("diff", help="compare two runs: settings, counts, rows that changed sides", description=_diff.__doc__)
+    diff = commands.add_parser(
+        "diff", help="compare two runs: settings, counts, rows that changed sides", description=_diff.__doc__
+    )
     diff.add_argument("first", metavar="RUN", help="a run's directory, e.g. runs/before")
     diff.add_argument("second", metavar="RUN", help="the other run's directory")
     diff.add_argument("--stage", metavar="NAME", help="compare this stage alone")
@@ -165,9 +167,15 @@ def _parser() -> argparse.ArgumentParser:
     clean = commands.add_parser("clean", help="remove temporary and unreferenced files of a run", description=_clean.__doc__)
     clean.add_argument("directory", metavar="RUN", help="a run's directory, e.g. runs/quickstart")
     clean.add_argument("--dry-run", action="store_true", help="only tell what would be removed")
-    clean.add_argument("--superseded", action="store_true", help="also stage directories of fingerprints that the run has left behind")
     clean.add_argument(
-        "--older", nargs="+", default=[], metavar="FINGERPRINT", help="with --superseded: only these (FINGERPRINT or STAGE/FINGERPRINT)"
+        "--superseded", action="store_true", help="also stage directories of fingerprints that the run has left behind"
+    )
+    clean.add_argument(
+        "--older",
+        nargs="+",
+        default=[],
+        metavar="FINGERPRINT",
+        help="with --superseded: only these (FINGERPRINT or STAGE/FINGERPRINT)",
     )
     clean.add_argument("--json", action="store_true", help="print one JSON object instead of lines")
     clean.set_defaults(run=_clean)

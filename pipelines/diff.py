@@ -103,7 +103,13 @@ def _pair(key: str, first: Any, second: Any) -> dict[str, Any]:
 
 
 def diff(
-    first: str, second: str, *, stage: str | None = None, examples: int = 3, memory_rows: int = 4_000_000, scratch: str | None = None
+    first: str,
+    second: str,
+    *,
+    stage: str | None = None,
+    examples: int = 3,
+    memory_rows: int = 4_000_000,
+    scratch: str | None = None,
 ) -> RunDiff:
     """Compare two runs (their directories). `memory_rows` bounds how many rows are joined in memory at once, about 100 bytes
     each; `scratch` is the local folder for the partitions (default: the system's for temporary files).
@@ -171,11 +177,16 @@ def _stage(name: str, first: str, second: str, examples: int, memory_rows: int, 
 
 
 def _flat(value: Any, path: str = "") -> dict[str, Any]:
-    """`a.b.0.c` -> plain value. An operator of a chain is named by its place and name."""
-    if isinstance(value, dict) and value:
-        return {key: item for name, inner in value.items() for key, item in _flat(inner, f"{path}.{name}" if path else str(name)).items()}
-    if isinstance(value, list) and value and any(isinstance(item, dict) for item in value):
-        return {key: item for number, inner in enumerate(value) for key, item in _flat(inner, f"{path}.{number:02d}").items()}
+    """`a.b.00.c` -> plain value; lists without mappings in them stay whole."""
+    named: dict[str, Any] = {}
+    if isinstance(value, dict):
+        named = {str(name): inner for name, inner in value.items()}
+    elif isinstance(value, list) and any(isinstance(item, dict) for item in value):
+        named = {f"{number:02d}": inner for number, inner in enumerate(value)}
+    if named:
+        return {
+            key: item for name, inner in named.items() for key, item in _flat(inner, f"{path}.{name}" if path else name).items()
+        }
     return {path: value}
 
 
@@ -422,7 +433,8 @@ def lines(found: RunDiff) -> list[str]:
         for (before, after), count in stage.changes.most_common():
             told.append(f"  {count:>9,}  {before} -> {after}")
             for example in stage.examples.get((before, after), []):
-                why = " -> ".join(text or "-" for text in (example.before, example.after)) if example.before or example.after else ""
+                known = example.before or example.after
+                why = f"{example.before or '-'} -> {example.after or '-'}" if known else ""
                 told.append(f"             {example.id}{why and f' ({why})'}: {example.text}")
         if stage.note:
             told.append(f"  {stage.note}")

@@ -48,9 +48,7 @@ class Journal:
         self._dropped = 0
         self._last_piece = 0
 
-    def write(
-        self, level: Level, message: str, *, stage: str | None = None, unit: int | str | None = None, **numbers: Any
-    ) -> None:
+    def write(self, level: Level, message: str, *, stage: str | None = None, unit: int | str | None = None, **numbers: Any) -> None:
         """Add one line. Locally it is with the system when this returns; for an object store it waits for `flush`."""
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
         record: dict[str, Any] = {"time": now, "level": level, "run": self._run}

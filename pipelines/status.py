@@ -7,6 +7,7 @@ count the rows committed so far, manifests those of finished stages, and the loc
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -23,6 +24,7 @@ from operators.ledger import Ledger
 from pipelines import heartbeat
 from pipelines.holder import Holder, look
 
+_UNIT = re.compile(r"^\d+\.json$")
 _READERS = 16  # unit records that are fetched beside each other
 UNITS_A_LOOK = 10_000
 """New unit records that one look reads of one stage; a watch reads the others in its next looks."""
@@ -45,7 +47,6 @@ class StageStatus:
     kept: int = 0
     rejected: int = 0
     quarantined: int = 0
-    forgotten: int = 0
     rows_per_second: float | None = None
     seconds: float | None = None
     eta_seconds: float | None = None
@@ -128,7 +129,7 @@ class Watch:
     def _units(self, directory: str, started: float, found: StageStatus) -> _Seen:
         seen = self._seen.setdefault((directory, started), _Seen())
         folder = storage.join(directory, "units")
-        entries = [entry for entry in storage.list_all(folder) if entry.relative.endswith(".json") and not entry.relative.startswith(".")]
+        entries = [entry for entry in storage.list_beside(folder) if _UNIT.match(entry.relative)]
         found.units = len(entries)
         new = [entry for entry in entries if entry.relative not in seen.names]
         for entry, ledger in _ledgers(new[:UNITS_A_LOOK]):
@@ -153,7 +154,6 @@ def _ledgers(entries: list[storage.FileEntry]) -> Iterator[tuple[storage.FileEnt
 def _count(found: StageStatus, ledger: Ledger) -> None:
     found.rows_in, found.created, found.kept = ledger.rows_in, ledger.created, ledger.kept
     found.rejected, found.quarantined = ledger.rejected.total(), ledger.quarantined
-    found.forgotten = ledger.forgotten
 
 
 def _state(record: dict[str, Any], beat: dict[str, Any], holder: Holder | None) -> str:

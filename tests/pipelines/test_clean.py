@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import tempfile
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -27,24 +28,32 @@ from tests.cluster.object_store import BUCKET, Line
 
 HEX = "0123456789abcdef" * 2
 STRAY = [
-    "parts/00000000-000-0123456789ab.parquet", "parts/00000099-002-ffffffffffff.parquet", "rejects/00000001-000-0123456789ab.parquet",
-    "measures/00000001-000-0123456789ab.parquet", "removed/00000000-0123456789ab.bits", "removed/00000003-0123456789ab.parquet",
+    "parts/00000000-000-0123456789ab.parquet", "parts/00000099-002-ffffffffffff.parquet",
+    "rejects/00000001-000-0123456789ab.parquet", "measures/00000001-000-0123456789ab.parquet",
+    "removed/00000000-0123456789ab.bits", "removed/00000003-0123456789ab.parquet",
     f".scratch/{HEX}", f"parts/.00000000-000-0123456789ab.parquet.{HEX}", f"units/.00000000.json.{HEX}", f".manifest.json.{HEX}",
 ]  # fmt: skip
-STRAY_WHERE_FINISHED = ["keys/bands/00000000.bin", "keys/records/map/00000000.json", "work/rows/parts/x.parquet", ".scratch/scan/units/0.json"]
+STRAY_WHERE_FINISHED = [
+    "keys/bands/00000000.bin",
+    "keys/records/map/00000000.json",
+    "work/rows/parts/x.parquet",
+    ".scratch/scan/units/0.json",
+]
 KEPT = [
     "model/model.safetensors", "tokens.bin", "checkpoints/step-1/state.json", "result.json", "parts/notes.txt", "embeddings/0.f16",
     "timings/00000000.json", "boundaries.bin", "tasks/00000000-0123456789ab.parquet",
 ]  # fmt: skip
 
 
-def make_stage(run: str, name: str, fingerprint: str, units: int = 2, finished: bool = True, inputs: dict[str, str] | None = None) -> str:
+def make_stage(
+    run: str, name: str, fingerprint: str, units: int = 2, finished: bool = True, inputs: dict[str, str] | None = None
+) -> str:
     directory = storage.join(run, name, fingerprint)
     for unit in range(units):
         writer = shards.UnitWriter(directory, unit)
         writer.write(pa.table({"id": [f"{name}-{unit}-{row}" for row in range(3)]}))
         writer.reject(rejects_table([{"id": f"{name}-{unit}-bad", "operator": "short", "reason": "few"}]))
-        writer.commit(Ledger(rows_in=4, kept=3, rejected=Ledger().rejected + type(Ledger().rejected)({"short:few": 1})))
+        writer.commit(Ledger(rows_in=4, kept=3, rejected=Counter({"short:few": 1})))
     if finished:
         shards.finish(directory, stage=name, kind="corpus", fingerprint=fingerprint, config={}, inputs=inputs or {})
     return directory

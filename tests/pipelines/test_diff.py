@@ -81,7 +81,9 @@ some_rows = st.lists(st.tuples(st.sampled_from([f"d{n}" for n in range(12)]), si
 
 @settings(max_examples=12, deadline=None)
 @given(first=some_rows, second=some_rows, memory=st.sampled_from([1, 4, 1000]))
-def test_rows_that_changed_sides_are_those_found_by_hand_whatever_the_memory(first: list[Row], second: list[Row], memory: int) -> None:
+def test_rows_that_changed_sides_are_those_found_by_hand_whatever_the_memory(
+    first: list[Row], second: list[Row], memory: int
+) -> None:
     import tempfile
 
     with tempfile.TemporaryDirectory() as folder:
@@ -97,7 +99,9 @@ def test_rows_that_changed_sides_are_those_found_by_hand_whatever_the_memory(fir
 def test_settings_and_counts_and_the_number_that_decided_are_told(tmp_path: Path) -> None:
     one, two = str(tmp_path / "one"), str(tmp_path / "two")
     rows = [(f"d{n}", "kept") for n in range(4)]
-    stage(one, "web", A, [*rows, ("x", "rejected short: few")], {"operators": [{"short": {"least": 5}}, "fix"]}, stats={"tokens": 40})
+    stage(
+        one, "web", A, [*rows, ("x", "rejected short: few")], {"operators": [{"short": {"least": 5}}, "fix"]}, stats={"tokens": 40}
+    )
     stage(two, "web", B, [*rows, ("x", "kept")], {"operators": [{"short": {"least": 2}}, "fix"]}, stats={"tokens": 50})
     found = diff(one, two)
     (web,) = found.stages
@@ -151,7 +155,11 @@ def test_memory_is_bounded_by_the_setting_and_not_by_the_rows(tmp_path: Path, mo
         place = storage.join(run, "web", fingerprint)
         writer = shards.UnitWriter(place, 0)
         for start in range(0, 200_000, 20_000):
-            writer.write(pa.table({"id": [f"document-{n}" for n in range(start + odd * 50, start + 20_000)], "text": [""] * (20_000 - odd * 50)}))
+            writer.write(
+                pa.table(
+                    {"id": [f"document-{n}" for n in range(start + odd * 50, start + 20_000)], "text": [""] * (20_000 - odd * 50)}
+                )
+            )
         rows = 200_000 - odd * 500
         writer.commit(Ledger(rows_in=rows, kept=rows))
         shards.finish(place, stage="web", kind="corpus", fingerprint=fingerprint, config={}, inputs={})

@@ -16,6 +16,7 @@ from cluster import storage
 from operators import shards
 from operators.config import SettingsError
 from pipelines import heartbeat, holder, journal
+from pipelines.cli import main
 from pipelines.heartbeat import Heartbeat
 from pipelines.runner import hold
 from pipelines.status import Watch, clock
@@ -82,7 +83,9 @@ def test_retries_and_rows_set_aside_are_counted_and_logged_by_unit(tmp_path: Pat
     with hold(run, lambda _: None), beating(run, {"one": "running"}) as heart:
         heart.started("one")
         heart.progress("one", 4, 10, "units")
-        heart.event("one", "unit retried", {"unit": 7, "attempts": 3, "failed": ["ended by SIGSEGV"] * 2, "set_aside": 1, "rows": {5: "x"}})
+        heart.event(
+            "one", "unit retried", {"unit": 7, "attempts": 3, "failed": ["ended by SIGSEGV"] * 2, "set_aside": 1, "rows": {5: "x"}}
+        )
         heart.end("stopped")
         (stage,) = Watch(run).look().stages
     assert (stage.retried, stage.set_aside, stage.done, stage.total) == (2, 1, 4, 10)
@@ -158,29 +161,33 @@ def test_a_time_is_told_in_minutes_or_hours() -> None:
     assert [clock(seconds) for seconds in (None, 5, 200, 174960)] == ["", "0:05", "3:20", "48:36 h"]
 
 
-@pytest.mark.parametrize("with_cache", [True, False])
-def test_a_finished_run_that_was_moved_is_told_traced_and_found_done(tmp_path: Path, with_cache: bool) -> None:
+def test_a_finished_run_that_was_moved_is_told_traced_and_found_done(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_recipe(tmp_path, ray="false")
-    assert finish(danlu(tmp_path, "run", "recipe.yaml"))[0] == 0
-    elsewhere = tmp_path / "elsewhere"
-    elsewhere.mkdir()
-    (tmp_path / "runs" / ".cache").mkdir(exist_ok=True)
-    shutil.move(tmp_path / "runs" / "toy", elsewhere / "toy")
-    if with_cache:
-        shutil.move(tmp_path / "runs" / ".cache", elsewhere / ".cache")
-    shutil.rmtree(tmp_path / "runs")
-    moved = str(elsewhere / "toy")
-    for arguments, told in [
-        (["report", moved], "report.html"),
-        (["trace", moved, "b-2"], "parts/00000002"),
-        (["status", moved], "toy: done"),
-        (["diff", moved, moved], "b: the same"),
-        (["run", "recipe.yaml", "--runs", str(elsewhere)], "report.html"),
-    ]:
-        code, out, err = finish(danlu(tmp_path, *arguments))
-        assert code == 0 and told in out, err
-    assert err.count("done before") == 3
-    assert not any(str(tmp_path / "runs") in path.read_text() for path in elsewhere.rglob("manifest.json"))
+    recipe, before = str(tmp_path / "recipe.yaml"), tmp_path / "runs"
+    assert main(["run", recipe, "--runs", str(before)]) == 0
+    (before / ".cache").mkdir(exist_ok=True)
+    for with_cache in (True, False):
+        elsewhere = before.with_name(f"elsewhere-{with_cache}")
+        elsewhere.mkdir()
+        shutil.move(before / "toy", elsewhere / "toy")
+        if with_cache:
+            shutil.move(before / ".cache", elsewhere / ".cache")
+        shutil.rmtree(before)
+        moved = str(elsewhere / "toy")
+        for arguments, told in [
+            (["report", moved], "report.html"),
+            (["trace", moved, "b-2"], "parts/00000002"),
+            (["status", moved], "toy: done"),
+            (["diff", moved, moved], "b: the same"),
+            (["clean", moved], "nothing to remove"),
+            (["run", recipe, "--runs", str(elsewhere)], "report.html"),
+        ]:
+            capsys.readouterr()
+            code, (out, err) = main(arguments), capsys.readouterr()
+            assert code == 0 and told in out, err
+        assert err.count("done before") == 3
+        assert not any(str(before) in path.read_text() for path in elsewhere.rglob("manifest.json"))
+        before = elsewhere
 
 
 @pytest.mark.parametrize(
