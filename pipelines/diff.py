@@ -184,9 +184,8 @@ def _flat(value: Any, path: str = "") -> dict[str, Any]:
     elif isinstance(value, list) and any(isinstance(item, dict) for item in value):
         named = {f"{number:02d}": inner for number, inner in enumerate(value)}
     if named:
-        return {
-            key: item for name, inner in named.items() for key, item in _flat(inner, f"{path}.{name}" if path else name).items()
-        }
+        start = f"{path}." if path else ""
+        return {key: item for name, inner in named.items() for key, item in _flat(inner, f"{start}{name}").items()}
     return {path: value}
 
 
