@@ -23,7 +23,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from cluster import storage
-from operators import shards
+from operators import registry, shards
 from operators.config import SettingsError, nearest
 from operators.ledger import Ledger
 
@@ -177,16 +177,27 @@ def _stage(name: str, first: str, second: str, examples: int, memory_rows: int, 
 
 
 def _flat(value: Any, path: str = "") -> dict[str, Any]:
-    """`a.b.00.c` -> plain value; lists without mappings in them stay whole."""
+    """`a.b.00.c` -> plain value; lists without mappings in them stay whole. An operator of a chain goes by its name, so that one
+    more does not make all behind it differ."""
     named: dict[str, Any] = {}
     if isinstance(value, dict):
         named = {str(name): inner for name, inner in value.items()}
+    elif isinstance(value, list) and path.rpartition(".")[2] == "operators" and all(map(_is_entry, value)):
+        for entry in value:
+            operator, options = registry.split(entry)
+            number = sum(name.partition("#")[0] == operator for name in named)
+            named[operator + (f"#{number + 1}" if number else "")] = options or "as it is"
+        named["order"] = list(named)
     elif isinstance(value, list) and any(isinstance(item, dict) for item in value):
         named = {f"{number:02d}": inner for number, inner in enumerate(value)}
     if named:
         start = f"{path}." if path else ""
         return {key: item for name, inner in named.items() for key, item in _flat(inner, f"{start}{name}").items()}
     return {path: value}
+
+
+def _is_entry(value: Any) -> bool:
+    return isinstance(value, str) or (isinstance(value, dict) and len(value) == 1)
 
 
 def _differing(first: dict[str, Any], second: dict[str, Any]) -> list[tuple[str, Any, Any]]:

@@ -105,10 +105,10 @@ def test_settings_and_counts_and_the_number_that_decided_are_told(tmp_path: Path
     stage(two, "web", B, [*rows, ("x", "kept")], {"operators": [{"short": {"least": 2}}, "fix"]}, stats={"tokens": 50})
     found = diff(one, two)
     (web,) = found.stages
-    assert web.settings == [("operators.00.short.least", 5, 2)]
+    assert web.settings == [("operators.short.least", 5, 2)]
     assert ("kept", 4, 5) in web.counts and ("rejected.short:few", 1, 0) in web.counts and ("tokens", 80, 100) in web.counts
     told = "\n".join(lines(found))
-    assert "operators.00.short.least: 5 -> 2" in told and "rejected short: few -> kept" in told
+    assert "operators.short.least: 5 -> 2" in told and "rejected short: few -> kept" in told
     assert "x (7.25 -> -): text of x" in told and "tokens: 80 -> 100 (+25.0%)" in told
     as_json = json.loads(json.dumps(found.to_json()))
     assert as_json["stages"][0]["rows"] == {
