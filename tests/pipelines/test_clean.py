@@ -23,8 +23,10 @@ from operators.ledger import Ledger
 from operators.tables import rejects_table
 from pipelines import clean as cleaning
 from pipelines.clean import clean
+from pipelines.cli import main
 from pipelines.runner import hold
 from tests.cluster.object_store import BUCKET, Line
+from tests.pipelines.test_runner import parquet, write_recipe
 
 HEX = "0123456789abcdef" * 2
 STRAY = [
@@ -201,21 +203,40 @@ def test_a_directory_that_is_no_run_is_refused(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_command_tells_counts_and_sizes_and_the_run_finds_everything_done_afterwards(tmp_path: Path) -> None:
-    from tests.pipelines.test_runner import danlu, finish, write_recipe
-
+def test_the_command_tells_counts_and_sizes_and_the_run_finds_everything_done_afterwards(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     write_recipe(tmp_path, ray="false")
-    assert finish(danlu(tmp_path, "run", "recipe.yaml"))[0] == 0
-    run = tmp_path / "runs" / "toy"
+    recipe, run = str(tmp_path / "recipe.yaml"), tmp_path / "runs" / "toy"
+    assert main(["run", recipe, "--runs", str(tmp_path / "runs")]) == 0
     (stage,) = (run / "b").iterdir()
     (stage / "parts" / "00000007-000-0123456789ab.parquet").write_bytes(b"x" * 2500)
     before = contents(str(run))
-    code, out, err = finish(danlu(tmp_path, "clean", "runs/toy"))
-    assert code == 0 and "removed 1 unreferenced files, 2.5 kB" in out, err
-    code, out, err = finish(danlu(tmp_path, "run", "recipe.yaml"))
-    assert code == 0 and err.count("done before") == 3
+    assert main(["clean", str(run)]) == 0 and "removed 1 unreferenced files, 2.5 kB" in capsys.readouterr().out
+    assert main(["run", recipe, "--runs", str(tmp_path / "runs")]) == 0
+    assert capsys.readouterr().err.count("done before") == 3
     del before[f"b/{stage.name}/parts/00000007-000-0123456789ab.parquet"]
     after = contents(str(run))
     told = {"run.json", "report.html", "status.json", "log.jsonl"}
     assert {k: v for k, v in before.items() if k not in told} == {k: v for k, v in after.items() if k not in told}
     assert cleaning.size(999) == "999 bytes"
+
+
+def test_an_interrupted_run_goes_on_after_cleaning_and_ends_with_the_same_bytes(tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    write_recipe(tmp_path, ray="false")
+    assert main(["run", str(recipe), "--runs", str(tmp_path / "runs")]) == 0
+    undisturbed = parquet(tmp_path)
+    run = tmp_path / "runs" / "toy"
+    (stage,) = (run / "b").iterdir()
+    (stage / "manifest.json").unlink()
+    (stage / "units" / "00000005.json").unlink()  # as a kill between the part and its record leaves it
+    (stage / ".scratch").mkdir(exist_ok=True)
+    (stage / ".scratch" / HEX).write_bytes(b"half a file")
+    before = {path: path.stat().st_mtime_ns for path in stage.glob("parts/*")}
+    done = clean(str(run))
+    assert done.files == {"unreferenced": 1, "scratch": 1}
+    assert main(["run", str(recipe), "--runs", str(tmp_path / "runs")]) == 0
+    assert parquet(tmp_path) == undisturbed
+    after = {path: path.stat().st_mtime_ns for path in stage.glob("parts/*")}
+    assert sum(after[path] != time for path, time in before.items()) == 1, "a committed unit was done again"
