@@ -95,7 +95,7 @@ def load_manifest(directory: str) -> Manifest:
         raise FileNotFoundError(f"{directory} has no manifest.json: the stage is not finished")
     data = json.loads(storage.read_bytes(path))
     _check_version(path, data)
-    data.pop("rows")
+    data.pop("rows", None)
     return Manifest(**{**data, "ledger": Ledger.from_json(data["ledger"])})
 
 

@@ -109,8 +109,8 @@ def _stray(directory: str) -> Iterator[tuple[str, FileEntry]]:
     named = _named(entries, finished)
     for entry in entries:
         folders, name = entry.relative.split("/")[:-1], _name(entry.path)
-        if entry.relative in named:
-            continue
+        if any("/".join([*folders, name][:depth]) in named for depth in range(1, len(folders) + 2)):
+            continue  # a record names it, or a folder that holds it
         if _TEMPORARY.match(name):
             yield TEMPORARY, entry
         elif ".scratch" in folders:

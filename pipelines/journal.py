@@ -27,9 +27,8 @@ MAX_BYTES = 8 << 20
 """Size at which `log.jsonl` is moved aside; each of the older files is about as large."""
 KEPT_FILES = 4
 """Older files that stay beside `log.jsonl`."""
-PIECE_BYTES = 256 << 10
-"""What is gathered for an object store before a piece is due; a piece may be smaller, for time counts too."""
 KEPT_PIECES = 512
+"""Pieces that stay in an object store; one holds what came between two writings of status.json."""
 _MAX_TEXT = 4000  # characters of one value: the start of a long message says what went wrong
 _BUFFERED_BYTES = 4 << 20  # lines kept for a store that does not answer; then the oldest go, and their number is told
 _SECRET_NAME = re.compile(r"SECRET|TOKEN|PASSWORD|PASSWD|API_?KEY|ACCESS_?KEY|PRIVATE_?KEY|CREDENTIAL", re.IGNORECASE)
@@ -64,11 +63,6 @@ class Journal:
             while self._waiting_bytes > _BUFFERED_BYTES:
                 self._waiting_bytes -= len(self._waiting.pop(0))
                 self._dropped += 1
-
-    @property
-    def due(self) -> bool:
-        """True when a piece is full."""
-        return self._waiting_bytes >= PIECE_BYTES
 
     def flush(self) -> None:
         """Write what waits for an object store as one piece, and remove the oldest pieces beyond the bound."""

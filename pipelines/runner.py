@@ -34,6 +34,7 @@ from operators.ledger import LedgerError
 from operators.stage import Cancelled, StageContext
 from pipelines.graph import Node, plan
 from pipelines.heartbeat import Heartbeat
+from pipelines.journal import redacted
 from pipelines.progress import Display
 from pipelines.recipe import Recipe
 from pipelines.report import spending
@@ -329,8 +330,9 @@ class Run:
                     "python": platform.python_version(),
                     "platform": platform.platform(),
                 },
-                "command": self.options.command,
-                "message": "\n".join(self._failures.values()) or ("stopped by the user" if self.cancelled.is_set() else None),
+                "command": redacted(self.options.command),
+                "message": redacted("\n".join(self._failures.values()))
+                or ("stopped by the user" if self.cancelled.is_set() else None),
             }
             storage.write_bytes(storage.join(self.directory, "run.json"), json.dumps(record, indent=1, ensure_ascii=False).encode())
 

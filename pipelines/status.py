@@ -99,7 +99,7 @@ class Watch:
         state = _state(record, beat, holder)
         stages = [self._stage(name, record["stages"][name], beat, state) for name in record["order"]]
         message = beat.get("message") or record.get("message") or ""
-        last = holder if holder is not None else _last_holder(beat)
+        last = holder if holder is not None and holder.alive else _last_holder(beat) or holder
         return RunStatus(self._directory, record["recipe"], state, message, last, beat.get("updated"), stages)
 
     def _stage(self, name: str, entry: dict[str, Any], beat: dict[str, Any], state: str) -> StageStatus:
@@ -163,7 +163,9 @@ def _state(record: dict[str, Any], beat: dict[str, Any], holder: Holder | None) 
         return "done" if statuses == {"done"} else "failed" if "failed" in statuses else "unknown"
     if state != "running":
         return state
-    return "running" if holder is not None and holder.alive else "killed"
+    told = beat["holder"]  # another command may hold the directory of a killed run, to clean it, say
+    ours = holder is not None and (holder.host, holder.process) == (told["host"], int(told["process"]))
+    return "running" if ours and holder is not None and holder.alive else "killed"
 
 
 def _last_holder(beat: dict[str, Any]) -> Holder | None:
@@ -192,7 +194,7 @@ def headline(status: RunStatus) -> str:
     """One line: the state of the run, who holds or held it, and how old the news is."""
     line = f"{status.run}: {status.state}"
     if status.holder is not None:
-        line += f", held by {status.holder}" if status.state == "running" else f", last by {status.holder}"
+        line += f", held by {status.holder}" if status.holder.alive else f", last by {status.holder}"
     if status.state == "killed":
         line += "; its process is gone without a word: the same `danlu run` goes on where it stopped"
     if status.state == "running" and status.updated is not None:

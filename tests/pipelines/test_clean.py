@@ -108,7 +108,7 @@ def mixture(run: str, stray: list[tuple[int, int]], kept: list[tuple[int, int]],
 choices = st.lists(st.tuples(st.integers(0, 1), st.integers(0, 50)), max_size=12)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(stray=choices, kept=choices, loose=st.booleans())
 def test_exactly_the_strays_go_and_what_stays_is_byte_for_byte_as_it_was(
     stray: list[tuple[int, int]], kept: list[tuple[int, int]], loose: bool
@@ -143,6 +143,17 @@ def test_a_file_that_only_a_record_of_an_unfinished_stage_names_stays(tmp_path: 
     storage.write_bytes(storage.join(directory, "keys/records/remove/00000000.json"), json.dumps(record).encode())
     assert clean(run).files == {"unreferenced": 1}
     assert storage.exists(storage.join(directory, record["bitmap"] or ""))
+
+
+def test_a_folder_that_the_manifest_names_stays_whatever_it_is_called(tmp_path: Path) -> None:
+    run = str(tmp_path / "run")
+    directory = make_stage(run, "one", A, finished=False)
+    make_run(run, {"one": A})
+    shards.finish(directory, stage="one", kind="own", fingerprint=A, config={}, inputs={}, files={"made": "work/model"})
+    for name in ("work/model/weights.bin", "work/rest.bin"):
+        put(run, directory, name)
+    assert clean(run).files == {"exchanged keys": 1}
+    assert storage.exists(storage.join(directory, "work/model/weights.bin"))
 
 
 def test_superseded_fingerprints_go_on_demand_but_never_one_that_the_run_reads(tmp_path: Path) -> None:

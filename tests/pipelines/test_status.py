@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -21,19 +22,25 @@ from pipelines.heartbeat import Heartbeat
 from pipelines.runner import hold
 from pipelines.status import Watch, clock
 from tests.cluster.object_store import BUCKET, Line
+from tests.conftest import ROOT
 from tests.pipelines.test_clean import make_run, make_stage
-from tests.pipelines.test_runner import danlu, finish, wait_for, write_recipe
+from tests.pipelines.test_runner import wait_for, write_recipe
 
 A, B = "a" * 16, "b" * 16
 
 
-def test_a_run_at_work_tells_units_rows_pace_and_holder_then_that_it_was_killed_then_that_it_is_done(tmp_path: Path) -> None:
-    write_recipe(tmp_path, wait_s=2.5, ray="false")
+def test_a_run_at_work_tells_units_rows_pace_and_holder_then_that_it_was_killed_then_that_it_is_done(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_recipe(tmp_path, wait_s=3.0, ray="false")
     run = str(tmp_path / "runs" / "toy")
-    process = danlu(tmp_path, "run", "recipe.yaml")
+    hurried = "from pipelines import cli, heartbeat; heartbeat.LOCAL_S = 0.1; cli.main(['run', 'recipe.yaml'])"
+    process = subprocess.Popen(
+        [sys.executable, "-c", hurried], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, stderr=subprocess.DEVNULL
+    )
     wait_for(tmp_path, "toy/a/*/units/*1.json")
     watch, deadline = Watch(run), time.monotonic() + 60
-    while True:  # the file is written every two seconds
+    while True:
         found = watch.look()
         if found.stages[0].done == 2 or time.monotonic() > deadline:
             break
@@ -41,19 +48,18 @@ def test_a_run_at_work_tells_units_rows_pace_and_holder_then_that_it_was_killed_
     a, b, _ = found.stages
     assert found.state == "running" and found.holder is not None and found.holder.alive
     assert found.holder.process == process.pid and found.holder.since is not None
-    assert (a.status, a.done, a.total, a.units, a.kept, b.status) == ("running", 2, 3, 2, 2, "pending")
+    assert (a.status, a.done, a.total, a.units, a.kept, b.status) == ("running", 2, 3, 2, 2, "pending"), found
     assert a.rows_per_second is not None and 0.05 < a.rows_per_second < 2 and a.eta_seconds is not None and a.eta_seconds > 0
-    code, out, err = finish(danlu(tmp_path, "status", "runs/toy"))
-    assert code == 0 and f"toy: running, held by process {process.pid}" in out, err
-    os.kill(process.pid, signal.SIGKILL)
-    finish(process)
+    assert main(["status", run]) == 0 and f"toy: running, held by process {process.pid}" in capsys.readouterr().out
+    process.kill()
+    process.wait()
     found = Watch(run).look()
     assert found.state == "killed" and found.stages[0].status == "killed" and found.stages[0].kept == 2
     assert found.holder is not None and not found.holder.alive and found.holder.process == process.pid
-    code, out, _ = finish(danlu(tmp_path, "status", "runs/toy", "--json"))
-    assert code == 1 and json.loads(out)["state"] == "killed"
+    capsys.readouterr()
+    assert main(["status", run, "--json"]) == 1 and json.loads(capsys.readouterr().out)["state"] == "killed"
     write_recipe(tmp_path, ray="false")
-    assert finish(danlu(tmp_path, "run", "recipe.yaml"))[0] == 0
+    assert main(["run", str(tmp_path / "recipe.yaml"), "--runs", str(tmp_path / "runs")]) == 0
     found = Watch(run).look()
     assert found.state == "done" and [stage.kept for stage in found.stages] == [3, 6, 3]
     told = [(line["message"], line.get("stage")) for line in journal.read(run)]
@@ -63,7 +69,7 @@ def test_a_run_at_work_tells_units_rows_pace_and_holder_then_that_it_was_killed_
 
 def test_a_failure_is_told_with_its_reason_by_status_and_log(tmp_path: Path) -> None:
     write_recipe(tmp_path, b=", fail: 'the disk ate it'", ray="false")
-    assert finish(danlu(tmp_path, "run", "recipe.yaml"))[0] == 1
+    assert main(["run", str(tmp_path / "recipe.yaml"), "--runs", str(tmp_path / "runs")]) == 1
     run = str(tmp_path / "runs" / "toy")
     found = Watch(run).look()
     assert found.state == "failed" and "the disk ate it" in found.message
@@ -119,6 +125,20 @@ def test_the_holder_of_a_directory_is_seen_without_taking_it_away_from_a_run_tha
         assert found is not None and found.alive and found.process == os.getpid()
     found = holder.look(run)
     assert found is not None and not found.alive
+
+
+def test_a_killed_run_stays_killed_while_another_command_holds_its_directory(tmp_path: Path) -> None:
+    run = str(tmp_path)
+    make_stage(run, "one", A, finished=False)
+    make_run(run, {"one": A})
+    heart = beating(run, {"one": "running"})
+    heart._write()  # as a run that a kill ended leaves it
+    record = json.loads((tmp_path / "status.json").read_text())
+    record["holder"]["process"] += 1
+    (tmp_path / "status.json").write_text(json.dumps(record))
+    with hold(run, lambda _: None):
+        found = Watch(run).look()
+    assert found.state == "killed" and found.holder is not None and found.holder.alive
 
 
 def test_the_log_is_bounded_and_oldest_lines_go_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
