@@ -8,6 +8,7 @@ destroy nothing.
 
 from __future__ import annotations
 
+import datetime
 import json
 import os
 import socket
@@ -15,6 +16,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from cluster import storage
 
@@ -38,6 +40,7 @@ class Lease:
         self._path = storage.join(directory, ".lock")
         self._lost = lost
         self._token = uuid.uuid4().hex
+        self._since = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         self._released = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -72,26 +75,58 @@ class Lease:
             self._write()
 
     def _write(self) -> None:
-        record = {"token": self._token, "host": socket.gethostname(), "process": os.getpid()}
+        record = {"token": self._token, "host": socket.gethostname(), "process": os.getpid(), "since": self._since}
         storage.write_bytes(self._path, json.dumps(record).encode())
 
     def _holder(self) -> dict[str, str] | None:
-        try:
-            return dict(json.loads(storage.read_bytes(self._path)))
-        except FileNotFoundError:
-            return None
+        return _read(self._path)
 
     def _age(self) -> float | None:
-        """Seconds since the lease was renewed, both times by the store's clock."""
-        now = f"{self._path}-{self._token}"
-        storage.write_bytes(now, b"")
-        try:
-            held, here = storage.modified_ns(self._path), storage.modified_ns(now)
-        except FileNotFoundError:
-            return None
-        finally:
-            storage.delete(now)
-        return (here - held) / 1e9
+        return _age(self._path, self._token)
+
+
+@dataclass(frozen=True)
+class Held:
+    """What a lease file says: who wrote it, when the holder began (ISO 8601), and the seconds since it was renewed."""
+
+    host: str
+    process: int
+    since: str | None
+    age_s: float
+
+    @property
+    def alive(self) -> bool:
+        return self.age_s < STALE_S
+
+
+def look(directory: str) -> Held | None:
+    """Who holds the folder, or held it until a kill; None when nobody does. Takes nothing, but writes a file for a moment."""
+    path = storage.join(directory, ".lock")
+    holder = _read(path)
+    age = _age(path, uuid.uuid4().hex) if holder is not None else None
+    if holder is None or age is None:
+        return None
+    return Held(holder["host"], int(holder["process"]), holder.get("since"), age)
+
+
+def _read(path: str) -> dict[str, str] | None:
+    try:
+        return dict(json.loads(storage.read_bytes(path)))
+    except FileNotFoundError:
+        return None
+
+
+def _age(path: str, token: str) -> float | None:
+    """Seconds since the lease was renewed, both times by the store's clock."""
+    now = f"{path}-{token}"
+    storage.write_bytes(now, b"")
+    try:
+        held, here = storage.modified_ns(path), storage.modified_ns(now)
+    except FileNotFoundError:
+        return None
+    finally:
+        storage.delete(now)
+    return (here - held) / 1e9
 
 
 def _name(holder: dict[str, str]) -> str:

@@ -273,6 +273,25 @@ def local_path(path: str) -> Path:
     return Path(resolve(path)[1])
 
 
+def list_beside(path: str) -> list[FileEntry]:
+    """The files directly in a directory, hidden ones too, in order; none when it does not exist."""
+    return list_all(path, recursive=False)
+
+
+def list_all(path: str, recursive: bool = True) -> list[FileEntry]:
+    """Every file below a directory, those that `list_files` leaves out too, in order; none when it does not exist."""
+    filesystem, inner = resolve(path)
+    if filesystem.get_file_info(inner).type != pafs.FileType.Directory:
+        return []
+    prefix = inner.rstrip("/") + "/"
+    found = []
+    for entry in filesystem.get_file_info(pafs.FileSelector(inner, recursive=recursive)):
+        if entry.type == pafs.FileType.File:
+            relative = entry.path.removeprefix(prefix)
+            found.append(FileEntry(join(path, relative), relative, int(entry.size), int(entry.mtime_ns or 0)))
+    return sorted(found, key=lambda entry: entry.relative)
+
+
 def list_directories(path: str) -> list[str]:
     """The directories directly below a directory, in order; empty when it does not exist."""
     filesystem, inner = resolve(path)

@@ -38,7 +38,8 @@ class _Kept:
         self._children: dict[Hashable, tuple[Supervisor, float]] = {}
         self._watched = False
 
-    def run(self, target: str, limits: Limits, unit: Any) -> Any:
+    def run(self, target: str, limits: Limits, unit: Any) -> tuple[Any, dict[str, Any]]:
+        """The result of a unit, and what went wrong on the way to it (nothing, as a rule)."""
         # A child sees the GPUs and the import path that its own start was given.
         key = (target, limits, os.environ.get("CUDA_VISIBLE_DEVICES"), tuple(sys.path))
         with self._lock:
@@ -54,7 +55,7 @@ class _Kept:
             if not self._watched:
                 self._watched = True
                 threading.Thread(target=self._end_idle, daemon=True).start()
-        return result
+        return result, _trouble(supervisor, unit)
 
     def _end_idle(self) -> None:
         while True:
@@ -67,6 +68,20 @@ class _Kept:
 
 
 _KEPT = _Kept()
+_TOLD = 8  # attempts and rows of one unit that are told by name
+
+
+def _trouble(supervisor: Supervisor, unit: Any) -> dict[str, Any]:
+    if not supervisor.failed:
+        return {}
+    number = unit.get("unit") if isinstance(unit, dict) else None
+    return {
+        "unit": number.get("index") if isinstance(number, dict) else number,
+        "attempts": len(supervisor.failed) + 1,
+        "failed": supervisor.failed[:_TOLD],
+        "set_aside": len(supervisor.set_aside),
+        "rows": dict(sorted(supervisor.set_aside.items())[:_TOLD]),
+    }
 
 
 @dataclass(frozen=True)
@@ -77,8 +92,11 @@ class _RunUnit:
     limits: Limits
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        results = [json.dumps(_KEPT.run(self.target, self.limits, json.loads(item))) for item in batch["unit"]]
-        return {"result": np.array(results, dtype=object)}
+        done = [_KEPT.run(self.target, self.limits, json.loads(item)) for item in batch["unit"]]
+        return {
+            "result": np.array([json.dumps(result) for result, _ in done], dtype=object),
+            "trouble": np.array([json.dumps(trouble) for _, trouble in done], dtype=object),
+        }
 
 
 def run_units(
@@ -116,7 +134,9 @@ def run_units(
         **gpu,
     )
     finished = already
-    for _ in done.iter_batches(batch_size=1, batch_format="numpy", prefetch_batches=0):
+    for batch in done.iter_batches(batch_size=1, batch_format="numpy", prefetch_batches=0):
         finished += 1
+        if trouble := json.loads(batch["trouble"][0]):
+            context.event("unit retried", trouble)
         context.progress(finished, total, note)
         context.check_cancelled()

@@ -24,7 +24,7 @@ import resource
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import MISSING, dataclass, field, fields, replace
 from typing import Any
 
 import numpy as np
@@ -94,8 +94,28 @@ def load_manifest(directory: str) -> Manifest:
     if not storage.exists(path):
         raise FileNotFoundError(f"{directory} has no manifest.json: the stage is not finished")
     data = json.loads(storage.read_bytes(path))
-    data.pop("rows")
+    _check_version(path, data)
+    data.pop("rows", None)
     return Manifest(**{**data, "ledger": Ledger.from_json(data["ledger"])})
+
+
+def _check_version(path: str, data: dict[str, Any]) -> None:
+    """Raises SettingsError for a manifest that this version cannot read."""
+    written = (data.get("versions") or {}).get("tables", str(tables.SCHEMA_VERSION))
+    unknown = sorted(set(data) - {item.name for item in fields(Manifest)} - {"rows"})
+    needed = {item.name for item in fields(Manifest) if item.default is MISSING and item.default_factory is MISSING}
+    missing = sorted(needed - set(data))
+    reads = f"this Danlu reads version {tables.SCHEMA_VERSION}"
+    if not str(written).isdigit() or not int(written) >= 1:
+        raise SettingsError(f"{path}: the manifest is of an unknown version ({written!r}); {reads}: run the stage again")
+    if int(written) > tables.SCHEMA_VERSION:
+        raise SettingsError(f"{path}: the manifest is of version {written}, newer than this Danlu; {reads}: update Danlu")
+    if int(written) < tables.SCHEMA_VERSION:
+        raise SettingsError(f"{path}: the manifest is of the older version {written}; {reads}: run the recipe again")
+    if unknown:
+        raise SettingsError(f"{path}: the manifest has {', '.join(unknown)}, which only a newer Danlu knows: update Danlu")
+    if missing:
+        raise SettingsError(f"{path}: the manifest lacks {', '.join(missing)}; {reads}: restore it, or run the stage again")
 
 
 def load_timings(directory: str) -> dict[str, Any]:

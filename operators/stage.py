@@ -44,6 +44,7 @@ class StageContext:
     base_directory: str = "."  # what relative paths of the recipe are relative to
     progress: Progress = lambda done, total, note: None
     log: Callable[[str], None] = lambda line: None
+    event: Callable[[str, dict[str, Any]], None] = lambda message, facts: None  # for the run's log: what happened, plain values
     cancelled: threading.Event = field(default_factory=threading.Event)
     services: dict[str, Any] = field(default_factory=dict)
     status: Callable[[str], str] = lambda name: "done"  # of an input stage: running, done, failed or pending

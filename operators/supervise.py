@@ -110,15 +110,19 @@ class Supervisor:
         self._child: subprocess.Popen[bytes] | None = None
         self._awake = False  # whether the child has said its first word: a busy machine may take long to start it
         self._buffer = b""
+        self.failed: list[str] = []  # how the attempts at the last unit ended that did not succeed, probes left out
+        self.set_aside: dict[int, str] = {}  # the rows of the last unit that were quarantined, and why
 
     def run(self, arguments: dict[str, Any]) -> Any:
         """The target's result for one unit. Raises UnitError, SettingsError or OSError (message of the child)."""
         task = Task(arguments)
         strays = 0
+        self.failed, self.set_aside = [], task.set_aside
         while True:
             attempt = self._attempt(task)
             if not attempt.how:
                 return attempt.result
+            self.failed.append(attempt.how)
             if attempt.fatal:
                 raise UnitError(attempt.detail)
             if attempt.rows is None:

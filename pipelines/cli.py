@@ -146,6 +146,40 @@ def _parser() -> argparse.ArgumentParser:
     tell.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
     review.set_defaults(run=_review)
 
+    status = commands.add_parser("status", help="tell how far a run is, from another shell", description=_status.__doc__)
+    status.add_argument("directory", metavar="RUN", help="a run's directory, e.g. runs/quickstart")
+    status.add_argument("--json", action="store_true", help="print one JSON object (one a line with --watch)")
+    status.add_argument("--watch", action="store_true", help="look again and again until the run has ended")
+    status.add_argument("--every", type=_positive, default=5, metavar="S", help="seconds between two looks (default: 5)")
+    status.set_defaults(run=_status)
+    diff = commands.add_parser(
+        "diff", help="compare two runs: settings, counts, rows that changed sides", description=_diff.__doc__
+    )
+    diff.add_argument("first", metavar="RUN", help="a run's directory, e.g. runs/before")
+    diff.add_argument("second", metavar="RUN", help="the other run's directory")
+    diff.add_argument("--stage", metavar="NAME", help="compare this stage alone")
+    diff.add_argument("--examples", type=_count, default=3, metavar="N", help="rows shown for each change (default: 3)")
+    diff.add_argument(
+        "--memory-rows", type=_positive, default=4_000_000, metavar="N", help="rows joined in memory at once (default: 4000000)"
+    )
+    diff.add_argument("--json", action="store_true", help="print one JSON object instead of lines")
+    diff.set_defaults(run=_diff)
+    clean = commands.add_parser("clean", help="remove temporary and unreferenced files of a run", description=_clean.__doc__)
+    clean.add_argument("directory", metavar="RUN", help="a run's directory, e.g. runs/quickstart")
+    clean.add_argument("--dry-run", action="store_true", help="only tell what would be removed")
+    clean.add_argument(
+        "--superseded", action="store_true", help="also stage directories of fingerprints that the run has left behind"
+    )
+    clean.add_argument(
+        "--older",
+        nargs="+",
+        default=[],
+        metavar="FINGERPRINT",
+        help="with --superseded: only these (FINGERPRINT or STAGE/FINGERPRINT)",
+    )
+    clean.add_argument("--json", action="store_true", help="print one JSON object instead of lines")
+    clean.set_defaults(run=_clean)
+
     submit = commands.add_parser("submit", help="run a recipe as a Ray job on a cluster", description=_submit.__doc__)
     _run_options(submit)
     submit.add_argument("--address", required=True, metavar="URL", help="the cluster's job server, e.g. http://127.0.0.1:8265")
@@ -346,6 +380,61 @@ def _trace(parsed: argparse.Namespace) -> int:
             _OUT.print(f"{event.stage:<16} {event.what:<12} {event.detail}", markup=False)
     if not events:
         raise FileNotFoundError(f"no stage of {parsed.directory} knows a row with id {parsed.id!r}")
+    return 0
+
+
+def _status(parsed: argparse.Namespace) -> int:
+    """Tell how far a run is: units, rows, pace and time left of each stage, failures and retries, who holds the run since when.
+    Works from any machine that sees the run's directory. Exit code 1 when the run failed or was killed."""
+    import json
+
+    from pipelines.status import Watch, table
+
+    watch = Watch(storage.absolute(parsed.directory, os.getcwd()))
+    while True:
+        found = watch.look()
+        if parsed.json:
+            print(json.dumps(found.to_json(), ensure_ascii=False), flush=True)
+        else:
+            if parsed.watch and _OUT.is_terminal:
+                _OUT.clear()
+            _OUT.print(table(found))
+        if not parsed.watch or found.state != "running":
+            return 1 if found.state in ("failed", "killed") else 0
+        time.sleep(parsed.every)
+
+
+def _diff(parsed: argparse.Namespace) -> int:
+    """Compare two runs stage by stage: settings, counts and statistics, and which rows changed sides, by what and why. Rows are
+    joined by the hashes of their ids on disk, so memory does not grow with them. Exit code 0 whether they differ or not."""
+    import json
+
+    from pipelines.diff import diff, lines
+
+    first, second = (storage.absolute(path, os.getcwd()) for path in (parsed.first, parsed.second))
+    found = diff(first, second, stage=parsed.stage, examples=parsed.examples, memory_rows=parsed.memory_rows)
+    if parsed.json:
+        print(json.dumps(found.to_json(), ensure_ascii=False))
+    else:
+        for line in lines(found):
+            _OUT.print(line, markup=False)
+    return 0
+
+
+def _clean(parsed: argparse.Namespace) -> int:
+    """Remove what no record of a run names: temporary files, scratch, unreferenced parts, keys that finished stages exchanged.
+    Committed data is never touched; a run at work is not cleaned."""
+    import json
+
+    from pipelines.clean import clean, lines
+
+    directory = storage.absolute(parsed.directory, os.getcwd())
+    found = clean(directory, dry_run=parsed.dry_run, superseded=parsed.superseded, older=parsed.older)
+    if parsed.json:
+        print(json.dumps(found.to_json(), ensure_ascii=False))
+    else:
+        for line in lines(found):
+            _OUT.print(line, markup=False)
     return 0
 
 

@@ -33,6 +33,8 @@ from operators.config import SettingsError
 from operators.ledger import LedgerError
 from operators.stage import Cancelled, StageContext
 from pipelines.graph import Node, plan
+from pipelines.heartbeat import Heartbeat
+from pipelines.journal import redacted
 from pipelines.progress import Display
 from pipelines.recipe import Recipe
 from pipelines.report import spending
@@ -83,11 +85,12 @@ class Run:
         self._began = time.time()
         self.nodes: list[Node] = []
         self._services = Services(self)
+        self._heart = Heartbeat(self.directory, recipe.name, lambda: dict(self._status), display.line)
 
     def execute(self) -> str:
         """Run everything that is not done. Raises SettingsError, FileNotFoundError, OSError, RunError or Cancelled."""
         self.nodes = plan(self.recipe, self.directory, self.options.base_directory, self.options.limit)
-        with hold(self.directory, self._displaced):
+        with hold(self.directory, self._displaced), self._heart:
             for node in self.nodes:
                 done = storage.exists(storage.join(node.directory, "manifest.json"))
                 refused = node.stage.refusal(node.directory) if done else None
@@ -97,6 +100,7 @@ class Run:
                 if refused:
                     self._failures[node.name] = f"stage {node.name} ({node.stage.kind}) failed: {refused}"
             self._record()
+            self._heart.log("info", "run started", command=self.options.command, process=os.getpid(), stages=len(self.nodes))
             for node in self.nodes:
                 if self._status[node.name] == "pending":
                     preflight(node, self.options.base_directory)
@@ -122,6 +126,8 @@ class Run:
                 if not was_connected:
                     connect.disconnect()
             self._record()
+            ended = "failed" if self._failures else "stopped" if self.cancelled.is_set() else "done"
+            self._heart.end(ended, "\n".join(self._failures.values()))
         if self.cancelled.is_set() and "lease" not in self._failures:
             raise Cancelled("stopped")
         if self._failures:
@@ -139,6 +145,7 @@ class Run:
 
     def _displaced(self, holder: str) -> None:
         """Another run has taken the directory, for it did not hear of this one for too long: leave it to that one."""
+        self._heart.abandon()
         with self._lock:
             self._failures["lease"] = f"{self.directory} was taken over by {holder} while this run could not reach it"
         self.stop()
@@ -216,6 +223,7 @@ class Run:
 
     def _run_stage(self, node: Node) -> None:
         self.display.stage(node.name, "started")
+        self._heart.started(node.name)
         message = ""
         try:
             storage.make_directory(node.directory)
@@ -240,7 +248,12 @@ class Run:
         if status == "done":
             self._note_seconds(node, seconds)
             self.display.stage(node.name, f"done in {seconds:.0f} s: {account(node.directory)}")
+            ledger = shards.load_manifest(node.directory).ledger.to_json()
+            self._heart.log("info", "done", stage=node.name, seconds=round(seconds, 3), rows=ledger)
+        elif status == "pending":
+            self._heart.log("info", "stopped", stage=node.name, seconds=round(seconds, 3))
         elif status == "failed":
+            self._heart.failed(node.name, message)
             self.display.stage(node.name, f"FAILED: {message}")
         try:
             self._record()
@@ -261,12 +274,21 @@ class Run:
             workers=self.options.workers,
             cache_directory=self.cache_directory,
             base_directory=self.options.base_directory,
-            progress=lambda done, total, note: self.display.progress(node.name, done, total, note),
-            log=lambda line: self.display.stage(node.name, line),
+            progress=lambda done, total, note: self._progress(node.name, done, total, note),
+            log=lambda line: self._log(node.name, line),
+            event=lambda message, facts: self._heart.event(node.name, message, facts),
             cancelled=self.cancelled,
             services={"engine": self._services.engine, "train": self._services.train_group},
             status=lambda name: self._status[name],
         )
+
+    def _progress(self, name: str, done: int, total: int, note: str) -> None:
+        self.display.progress(name, done, total, note)
+        self._heart.progress(name, done, total, note)
+
+    def _log(self, name: str, line: str) -> None:
+        self.display.stage(name, line)
+        self._heart.log("info", line, stage=name)
 
     def _note_seconds(self, node: Node, seconds: float) -> None:
         """Wall time of the stage as the driver saw it, beside what the stage measured itself."""
@@ -308,8 +330,9 @@ class Run:
                     "python": platform.python_version(),
                     "platform": platform.platform(),
                 },
-                "command": self.options.command,
-                "message": "\n".join(self._failures.values()) or ("stopped by the user" if self.cancelled.is_set() else None),
+                "command": redacted(self.options.command),
+                "message": redacted("\n".join(self._failures.values()))
+                or ("stopped by the user" if self.cancelled.is_set() else None),
             }
             storage.write_bytes(storage.join(self.directory, "run.json"), json.dumps(record, indent=1, ensure_ascii=False).encode())
 
@@ -401,14 +424,15 @@ class hold:
             return
         self._file = open(storage.join(self._directory, ".lock"), "a+", encoding="utf-8")
         try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _lock_soon(self._file)
         except BlockingIOError:
             self._file.seek(0)
             holder = self._file.read().strip() or "another process"
             self._file.close()
             raise self._in_use(holder) from None
         self._file.truncate(0)
-        self._file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        since = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        self._file.write(f"process {os.getpid()} on {socket.gethostname()} since {since}")
         self._file.flush()
 
     def __exit__(self, *_: object) -> None:
@@ -419,6 +443,18 @@ class hold:
 
     def _in_use(self, holder: str) -> SettingsError:
         return SettingsError(f"{self._directory} is in use by {holder}; wait for it, or choose another --runs")
+
+
+def _lock_soon(file: IO[str]) -> None:
+    """Lock a file at once or within half a second: `danlu status` holds the lock for a moment to see whether it is free."""
+    for attempt in range(6):
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            if attempt == 5:
+                raise
+            time.sleep(0.1)
 
 
 def preflight(node: Node, base_directory: str) -> None:

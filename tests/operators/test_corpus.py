@@ -22,10 +22,15 @@ OWN = "tests.operators.own"
 
 @pytest.fixture
 def run_stage(tmp_path: Path, ray_cluster: None) -> Callable[..., shards.Manifest]:
-    def run(name: str, read: dict[str, Any], operators: list[Any], workers: int = 2, **settings: Any) -> shards.Manifest:
+    def run(
+        name: str, read: dict[str, Any], operators: list[Any], workers: int = 2, events: Any = None, **settings: Any
+    ) -> shards.Manifest:
         stage = CorpusStage.model_validate({"kind": "corpus", "read": read, "operators": operators, **settings})
         directory = str(tmp_path / "run" / "corpus" / name)
-        stage.run(StageContext("corpus", "corpus", directory, name, {}, {}, 0, workers=workers, base_directory=str(tmp_path)))
+        context = StageContext("corpus", "corpus", directory, name, {}, {}, 0, workers=workers, base_directory=str(tmp_path))
+        if events is not None:
+            context.event = lambda message, facts: events.append((message, facts))
+        stage.run(context)
         return shards.load_manifest(directory)
 
     return run
@@ -80,12 +85,16 @@ def test_a_document_that_crashes_a_native_library_is_set_aside_alone(
     rows = [{"id": f"d{i}", "text": f"good text {i}"} for i in range(50)]
     rows[31]["text"] = "this one makes the library SEGFAULT"
     (tmp_path / "in.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
-    manifest = run_stage("crash", {"path": "in.jsonl"}, [f"{OWN}:Crash"], batch_rows=16)
+    events: list[tuple[str, dict[str, Any]]] = []
+    manifest = run_stage("crash", {"path": "in.jsonl"}, [f"{OWN}:Crash"], batch_rows=16, events=events)
     assert manifest.ledger.to_json() == {"in": 50, "created": 0, "kept": 49, "rejected": {}, "quarantined": 1}
     rejects = pq.read_table(tmp_path / "run" / "corpus" / "crash" / manifest.rejects[0]["name"]).to_pylist()
     assert [(row["id"], row["quarantined"]) for row in rejects] == [("d31", True)]
     assert "SIGSEGV" in rejects[0]["reason"]
     assert rejects[0]["text"] == rows[31]["text"]
+    ((message, facts),) = events
+    assert message == "unit retried" and (facts["unit"], facts["attempts"], facts["set_aside"]) == (0, 2, 1)
+    assert "SIGSEGV" in facts["failed"][0] and list(facts["rows"]) == ["31"]
 
 
 def test_a_new_input_file_is_processed_alone(tmp_path: Path, run_stage: Callable[..., shards.Manifest]) -> None:
