@@ -23,6 +23,7 @@ import numpy as np
 import ray
 import ray.data
 
+from cluster.placement import placement
 from operators.stage import StageContext
 from operators.supervise import Limits, Supervisor
 
@@ -106,6 +107,7 @@ def run_units(
     blocks = ray.data.from_items([{"unit": json.dumps(unit)} for unit in units], override_num_blocks=len(units))
     # Ray ends the process of every GPU task by default; here the child holds the GPU, and is ended when idle.
     gpu: dict[str, Any] = {"num_gpus": num_gpus, "max_calls": 0} if num_gpus else {}
+    where = placement("generate" if num_gpus else "cpu")
     run_unit: Any = _RunUnit(target, limits).__call__
     done = blocks.map_batches(
         run_unit,
@@ -114,6 +116,7 @@ def run_units(
         num_cpus=num_cpus,
         batch_format="numpy",
         **gpu,
+        **({"resources": where} if where else {}),
     )
     finished = already
     for _ in done.iter_batches(batch_size=1, batch_format="numpy", prefetch_batches=0):

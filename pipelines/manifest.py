@@ -52,8 +52,22 @@ def _render(parsed: argparse.Namespace, settings: Settings) -> str:
     return _yaml(kuberay.job(settings, asked), f"kubectl apply -f FILE    RayJob {settings.namespace}/{settings.name}")
 
 
+class _Dumper(yaml.SafeDumper):
+    """Every value where it belongs, not as an alias of another; text of several lines as it stands."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+def _text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style="|" if "\n" in text else None)
+
+
+_Dumper.add_representer(str, _text)
+
+
 def _yaml(objects: list[dict[str, Any]], use: str) -> str:
-    body = yaml.safe_dump_all(objects, sort_keys=False, allow_unicode=True, width=1000)
+    body = yaml.dump_all(objects, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=1000)
     return f"# Written by `danlu manifest`; render it again rather than edit it.\n# {use}\n{body}"
 
 

@@ -149,7 +149,10 @@ class Launcher(Strict):
     project: str = Field(default="", description="gcp: project id")
     machine_image: str = Field(default="", description="aws: AMI; gcp: source image of the boot disk (required by gcp)")
     disk_gib: int = Field(default=200, ge=10, description="boot disk of a node")
-    instance_profile: str = Field(default="", description="aws: instance profile ARN; gcp: service account's e-mail")
+    instance_profile: str = Field(
+        default="",
+        description="aws: instance profile ARN, which may start machines; gcp: service account",
+    )
     ssh_user: str = Field(default="ubuntu", description="user to log in as")
     ssh_private_key: str = Field(default="", description="path of the key; empty: a cloud's is made by Ray")
     head_ip: str = Field(default="", description="local: address of the head")

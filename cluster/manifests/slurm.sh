@@ -7,7 +7,6 @@ export RAY_USAGE_STATS_ENABLED=0 PYTHONUNBUFFERED=1
 environment
 
 # Whoever reaches a node's ports needs the token; it is made for this start and stays in the job's environment.
-umask 077
 RAY_AUTH_TOKEN=$(python -c 'import secrets; print(secrets.token_hex(32))')
 export RAY_AUTH_MODE=token RAY_AUTH_TOKEN
 
