@@ -42,8 +42,9 @@ done
 echo "danlu: $(hostname): no head at $HEAD_IP:$PORT after $JOIN_S s" >&2
 exit 1
 '
-srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --kill-on-bad-exit=0 --overlap \
-    "${SRUN[@]}" bash -c "$node" &
+# All of the allocation, which a step does not get by itself; --overlap: the driver needs none of its own.
+srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 \
+    --cpus-per-task="$SLURM_CPUS_ON_NODE" --mem=0 --overlap --kill-on-bad-exit=0 "${SRUN[@]}" bash -c "$node" &
 ray=$!
 
 driver='' again=''
