@@ -90,7 +90,7 @@ def test_the_schemas_refuse_a_misspelt_field_and_a_number_among_the_start_parame
         for step in path:
             target = target[step]
         target[key] = value
-        with pytest.raises(Exception, match=key if key != "ports" else "8265"):  # noqa: B017  two libraries' own errors
+        with pytest.raises(Exception, match=key if key != "ports" else "8265"):
             valid(bad)
 
 

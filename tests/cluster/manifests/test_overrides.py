@@ -51,7 +51,8 @@ def test_values_are_read_by_the_type_of_their_setting() -> None:
         [
             "image=007", "workers.gpu.max=8", "workers.gpu.spot=false", "workers.cpu.kinds=[cpu, generate]",
             "workers.gpu.node_selector.example.com/disk=fast", "redis.address=redis:6379", "redis.password=redis/pw",
-            "workers.big={kinds: [train], gpus: 8, memory_gib: 900}", "workers.train=null", "head.memory_gib=1.5", "head.object_store_gib=0.5",
+            "workers.big={kinds: [train], gpus: 8, memory_gib: 900}", "workers.train=null",
+            "head.memory_gib=1.5", "head.object_store_gib=0.5",
         ]
     )  # fmt: skip
     assert chosen.image == "007"

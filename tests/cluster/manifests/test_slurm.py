@@ -104,12 +104,11 @@ def node(tmp_path: Path) -> Node:
 
 
 def test_the_header_asks_for_what_was_set_and_nothing_breaks_out_of_it() -> None:
-    text = slurm(
-        with_overrides(
-            ["name=corpus", "slurm.nodes=4", "slurm.gpus_per_node=8", "slurm.partition=gpu", "slurm.memory_per_node=400G", "slurm.time=2-12:00:00"]
-        ),
-        "r.yaml", "/mnt/runs",
-    )  # fmt: skip
+    assignments = [
+        "name=corpus", "slurm.nodes=4", "slurm.gpus_per_node=8", "slurm.partition=gpu", "slurm.memory_per_node=400G",
+        "slurm.time=2-12:00:00",
+    ]  # fmt: skip
+    text = slurm(with_overrides(assignments), "r.yaml", "/mnt/runs")
     header = [line.removeprefix("#SBATCH --") for line in text.splitlines() if line.startswith("#SBATCH")]
     assert header == [
         "job-name=corpus", "nodes=4", "ntasks-per-node=1", "exclusive", "gpus-per-node=8", "mem=400G", "time=2-12:00:00",
