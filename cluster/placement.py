@@ -39,10 +39,13 @@ def advertised(kinds: Mapping[Kind, tuple[int, int]]) -> dict[str, int]:
 def placement(kind: Kind) -> dict[str, float]:
     """The custom resources to ask for: `{"danlu_KIND": 0.001}` where the cluster has nodes for it, else nothing.
 
-    Ray must be initialised. One question to Ray's control process: ask once a stage, not once a task.
+    One question to Ray's control process: ask once a stage, not once a task. Nothing, too, for a process that is not connected
+    to Ray: the Ray that its first task starts is this machine's own.
     """
     import ray
 
+    if not ray.is_initialized():
+        return {}
     return share_of(kind, ray.cluster_resources())
 
 

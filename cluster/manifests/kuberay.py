@@ -62,7 +62,6 @@ class Recipe:
     file: str
     text: str
     runs: str
-    arguments: tuple[str, ...] = ()
 
 
 def job(settings: Settings, recipe: Recipe) -> list[Object]:
@@ -111,9 +110,9 @@ def cluster(settings: Settings) -> list[Object]:
 
 
 def entrypoint(settings: Settings, recipe: Recipe) -> str:
-    """The job's command, each word quoted."""
-    words = ["python", "-m", "pipelines", "run", f"{_RECIPE_FOLDER}/{recipe.file}", "--runs", recipe.runs, "--address", "auto"]
-    return shlex.join([*words, "--workers", str(settings.cpu_workers()), *recipe.arguments])
+    """The job's command, each word quoted; it runs in `job.directory` wherever Ray's own processes were started."""
+    words = ["env", f"--chdir={settings.job.directory}", "python", "-m", "pipelines", "run", f"{_RECIPE_FOLDER}/{recipe.file}"]
+    return shlex.join([*words, "--runs", recipe.runs, "--address", "auto", "--workers", str(settings.cpu_workers())])
 
 
 def check_runs(settings: Settings, runs: str) -> None:
@@ -165,7 +164,6 @@ def _head_group(settings: Settings, recipe: Recipe | None) -> Object:
     spec = _pod(settings, container, head, head.tolerations)
     _keep_off_spot(settings, spec)
     if recipe is not None:
-        container["workingDir"] = settings.job.directory
         container["volumeMounts"].append({"name": "recipe", "mountPath": _RECIPE_FOLDER, "readOnly": True})
         spec["volumes"].append({"name": "recipe", "configMap": {"name": f"{settings.name}-recipe"}})
     parameters = {

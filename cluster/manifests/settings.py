@@ -246,6 +246,8 @@ class Settings(Strict):
     @field_validator("workers")
     @classmethod
     def _groups(cls, groups: dict[str, Workers]) -> dict[str, Workers]:
+        if not groups:
+            raise ValueError("there is no group of workers, and no work is done on the head")
         for name in groups:
             if not _NAME.fullmatch(name):
                 raise ValueError(
@@ -300,8 +302,9 @@ class Settings(Strict):
         return found
 
     def cpu_workers(self) -> int:
-        """Units that the CPU groups can do at once, fully grown: the run's `--workers`."""
-        return sum(group.max * group.cpus for group in self.workers.values() if "cpu" in group.kinds)
+        """Units that can be done at once on all cores for operators, fully grown: the run's `--workers`."""
+        groups = [group for group in self.workers.values() if "cpu" in group.kinds] or list(self.workers.values())
+        return sum(group.max * group.cpus for group in groups)
 
 
 def _check_memory(memory_gib: float, shared_gib: float) -> None:

@@ -215,19 +215,19 @@ def test_the_job_runs_the_recipe_from_its_config_map_and_goes_on_after_a_lost_he
     config_map, job = kuberay.job(with_overrides(["workers.cpu.max=4", "workers.cpu.cpus=16"]), RECIPE)
     assert config_map["data"] == {"my-domain.yaml": RECIPE.text}
     words = shlex.split(job["spec"]["entrypoint"])
-    assert words[:4] == ["python", "-m", "pipelines", "run"]
+    assert words[:6] == ["env", "--chdir=/opt/danlu", "python", "-m", "pipelines", "run"]
     assert words[words.index("--runs") + 1] == "s3://bucket/runs" and words[words.index("--workers") + 1] == "64"
     head = job["spec"]["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]
     mount = next(each for each in head["containers"][0]["volumeMounts"] if each["name"] == "recipe")
     volume = next(each for each in head["volumes"] if each["name"] == "recipe")
-    assert words[4] == f"{mount['mountPath']}/my-domain.yaml"
+    assert words[6] == f"{mount['mountPath']}/my-domain.yaml"
     assert volume["configMap"]["name"] == config_map["metadata"]["name"]
     assert job["spec"]["backoffLimit"] >= 1 and job["spec"]["shutdownAfterJobFinishes"] is True
 
     from pipelines.cli import _parser
 
-    parsed = _parser().parse_args(words[3:])
-    assert (parsed.recipe, parsed.address, parsed.workers) == (words[4], "auto", 64)
+    parsed = _parser().parse_args(words[5:])
+    assert (parsed.recipe, parsed.address, parsed.workers) == (words[6], "auto", 64)
 
 
 def test_runs_that_the_pods_would_not_see_are_refused() -> None:

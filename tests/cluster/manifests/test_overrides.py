@@ -30,6 +30,7 @@ from cluster.manifests.settings import ManifestError, Settings
         ("name.x=1", "name is a single value"),
         ("name=Danlu", "name: must be at most 40 of a-z"),
         ("workers.none=null", "there is no 'none'"),
+        ("workers={}", "there is no group of workers"),
         ("volumes./tmp=claim", "no folder to mount at"),
     ],
 )
