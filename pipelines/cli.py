@@ -167,11 +167,9 @@ def _parser() -> argparse.ArgumentParser:
     manifest.add_argument(
         "target", choices=["kuberay", "launcher", "slurm", "containerfile", "settings"], help="what to write; settings: list them"
     )
-    manifest.add_argument(
-        "--kind", choices=["job", "cluster"], default="job", help="kuberay: a RayJob or a RayCluster (default: job)"
-    )
+    manifest.add_argument("--kind", choices=["job", "cluster"], help="kuberay: RayJob or RayCluster (default: job)")
     manifest.add_argument("--recipe", metavar="RECIPE", help="the recipe that it is for: decides the groups of workers")
-    manifest.add_argument("--runs", default="runs", metavar="DIR", help="folder or URI that holds the runs (default: runs)")
+    manifest.add_argument("--runs", metavar="DIR", help="folder or URI that holds the runs (default: runs)")
     manifest.add_argument(
         "--set", action="append", default=[], dest="settings", metavar="PATH=VALUE",
         help="a setting to change, e.g. workers.gpu.max=8; may be repeated; `danlu manifest settings` lists them",

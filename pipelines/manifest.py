@@ -30,6 +30,17 @@ def manifest(parsed: argparse.Namespace) -> str:
 
 
 def _render(parsed: argparse.Namespace, settings: Settings) -> str:
+    job = parsed.target == "kuberay" and parsed.kind != "cluster"
+    runs = parsed.runs or "runs"
+    for option, used in (
+        ("kind", parsed.target == "kuberay"),
+        ("recipe", parsed.target in ("kuberay", "launcher", "slurm")),
+        ("runs", job or parsed.target == "slurm"),
+        ("settings", parsed.target != "settings"),
+    ):
+        if getattr(parsed, option) and not used:
+            name = "set" if option == "settings" else option
+            raise SettingsError(f"--{name} says nothing about danlu manifest {parsed.target}")
     if parsed.target == "settings":
         return "\n".join(["settings of `danlu manifest`, for --set PATH=VALUE", *settings_lines(Settings)]) + "\n"
     if parsed.target == "containerfile":
@@ -38,17 +49,17 @@ def _render(parsed: argparse.Namespace, settings: Settings) -> str:
     if parsed.target == "slurm":
         if recipe is None:
             raise SettingsError("danlu manifest slurm needs the recipe that the script runs: --recipe RECIPE")
-        return slurm.slurm(settings, parsed.recipe, parsed.runs)
+        return slurm.slurm(settings, parsed.recipe, runs)
     if recipe is not None:
         settings = settings.for_kinds(kinds_of(recipe))
     if parsed.target == "launcher":
         hint = f"ray up {settings.name}.yaml    (the file's own path); then danlu submit, through `ray dashboard`"
         return _yaml([launcher.launcher(settings)], hint)
-    if parsed.kind == "cluster":
+    if not job:
         return _yaml(kuberay.cluster(settings), f"kubectl apply -f FILE    RayCluster {settings.namespace}/{settings.name}")
     if recipe is None:
         raise SettingsError("danlu manifest kuberay needs the recipe that the job runs (--recipe RECIPE), or --kind cluster")
-    asked = kuberay.Recipe(os.path.basename(parsed.recipe), text, parsed.runs)
+    asked = kuberay.Recipe(os.path.basename(parsed.recipe), text, runs)
     return _yaml(kuberay.job(settings, asked), f"kubectl apply -f FILE    RayJob {settings.namespace}/{settings.name}")
 
 
