@@ -43,6 +43,7 @@ def _render(parsed: argparse.Namespace, settings: Settings) -> str:
             raise SettingsError(f"--{name} says nothing about danlu manifest {parsed.target}")
     if parsed.target == "settings":
         return "\n".join(["settings of `danlu manifest`, for --set PATH=VALUE", *settings_lines(Settings)]) + "\n"
+    settings.check_used(parsed.target)
     if parsed.target == "containerfile":
         return containerfile.containerfile(settings.container)
     recipe, text = load_recipe(parsed.recipe) if parsed.recipe else (None, "")

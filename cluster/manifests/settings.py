@@ -20,6 +20,19 @@ RESTARTABLE: frozenset[Kind] = frozenset({"cpu", "generate"})
 """Kinds of work that lose a unit or the replies in flight with a node; training loses the whole group's step and waits."""
 
 
+_NODES = frozenset({"name", "image", "gpu_image", "image_pull_policy", "head", "workers", "env", "auth", "autoscaler", "job"})
+USED: dict[str, frozenset[str]] = {
+    "kuberay": _NODES | {
+        "namespace", "image_pull_secrets", "ray_version", "platform", "service_account", "credentials", "credentials_secret",
+        "volumes", "auth_secret", "redis",
+    },
+    "launcher": _NODES | {"launcher"},
+    "slurm": frozenset({"name", "env", "slurm"}),
+    "containerfile": frozenset({"container"}),
+}  # fmt: skip
+"""The settings that each target reads."""
+
+
 class ManifestError(ValueError):
     """Settings that give no working manifest: says which, and what to do."""
 
@@ -276,6 +289,13 @@ class Settings(Strict):
         if self.auth == "disabled" and self.auth_secret:
             raise ValueError("auth_secret is set but auth is disabled")
         return self
+
+    def check_used(self, target: str) -> None:
+        """Raises ManifestError for settings that were changed and that a target (a key of USED) does not read."""
+        defaults = Settings()
+        changed = {name for name in type(self).model_fields if getattr(self, name) != getattr(defaults, name)}
+        if unread := sorted(changed - USED[target]):
+            raise ManifestError(f"--set {', '.join(unread)}: danlu manifest {target} reads only {', '.join(sorted(USED[target]))}")
 
     def image_of(self, group: Workers) -> str:
         return group.image or (self.gpu_image if group.gpus else self.image)

@@ -59,6 +59,11 @@ def test_a_job_is_written_with_the_recipe_as_it_stands(recipe: str, tmp_path: Pa
         (["slurm"], "needs the recipe"),
         (["kuberay", "--kind", "cluster", "--set", "workers.gpu.maks=8"], "did you mean 'max'?"),
         (["launcher"], "head.instance"),
+        (
+            ["launcher", "--set", "credentials.A=b/c", "--set", "platform=gke"],
+            "--set credentials, platform: danlu manifest launcher reads",
+        ),
+        (["slurm", "--recipe", "examples/corpus.yaml", "--set", "workers.cpu.max=3"], "reads only env, name, slurm"),
         (["launcher", "--kind", "job"], "--kind says nothing about danlu manifest launcher"),
         (["containerfile", "--recipe", "examples/corpus.yaml"], "--recipe says nothing"),
         (["kuberay", "--kind", "cluster", "--runs", "s3://b/r"], "--runs says nothing"),
