@@ -161,7 +161,7 @@ def test_nodes_that_do_not_join_end_the_job_before_the_run(node: Node) -> None:
     assert done.returncode == 1 and not any(line.startswith("python -m pipelines") for line in node.log())
 
 
-@pytest.mark.parametrize(("restarts", "requeued"), [("0", True), ("2", True), ("3", False)])
+@pytest.mark.parametrize(("restarts", "requeued"), [("2", True), ("3", False)])
 def test_before_the_time_limit_the_run_stops_at_a_commit_and_the_job_is_queued_again(
     node: Node, restarts: str, requeued: bool
 ) -> None:
