@@ -13,6 +13,6 @@ from operators.supervise import Report, Task
 def note_node(task: Task, report: Report) -> dict[str, Any]:
     """Leaves a file named by the node's id: that of the Ray worker whose child this process is."""
     arguments = [word for parent in psutil.Process().parents() for word in parent.cmdline()]
-    node = next(word.partition("=")[2] for word in arguments if word.startswith("--node-id="))
+    node = next(word.partition("=")[2] for word in arguments if word.startswith("--node_id="))
     (Path(task.arguments["directory"]) / f"{node}-{task.arguments['unit']}").touch()
     return {}
