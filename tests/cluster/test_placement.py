@@ -69,15 +69,19 @@ group = TrainGroup(workers=2, storage_path=run + "-train", use_gpu=False)
 group.start()
 import time
 deadline = time.monotonic() + 240
-from ray.util.state import list_actors
+from ray._private.state import actors  # without a dashboard
+
+def nodes_of(name):
+    alive = [a for a in actors().values() if a["ActorClassName"] == name and a["State"] == "ALIVE"]
+    return {a["Address"]["NodeID"] for a in alive}
+
+placed = set()
 while time.monotonic() < deadline:
-    placed = {a.node_id for a in list_actors(filters=[("class_name", "=", "RayTrainWorker"), ("state", "=", "ALIVE")])}
-    if placed:
+    if placed := nodes_of("RayTrainWorker"):
         break
     time.sleep(1)
 assert placed == {nodes["train"]}, placed
-coordinator = list_actors(filters=[("class_name", "=", "Coordinator"), ("state", "=", "ALIVE")])[0]
-assert coordinator.node_id == cluster.head_node.node_id
+assert nodes_of("Coordinator") == {cluster.head_node.node_id}
 group.stop()
 print("apart")
 ray.shutdown()
@@ -89,7 +93,7 @@ cluster.shutdown()
 def test_operators_and_training_run_on_nodes_of_their_own_kind(tmp_path: Path) -> None:
     """A head without CPUs and one node for each kind, real raylets of one machine."""
     (tmp_path / "run").mkdir()
-    environment = {**os.environ, "RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}
+    environment = {**os.environ, "RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0", "RAY_raylet_start_wait_time_s": "180"}
     done = subprocess.run(
         [sys.executable, "-c", IN_A_CLUSTER, str(tmp_path / "run")], cwd=ROOT, env=environment, capture_output=True, text=True,
         timeout=600, check=False,
