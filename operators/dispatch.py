@@ -23,6 +23,7 @@ import numpy as np
 import ray
 import ray.data
 
+from cluster.placement import placement
 from operators.stage import StageContext
 from operators.supervise import Limits, Supervisor
 
@@ -123,7 +124,9 @@ def run_units(
     logging.getLogger("ray.data").setLevel(logging.ERROR)  # one line per executor and stage: the runner tells progress
     blocks = ray.data.from_items([{"unit": json.dumps(unit)} for unit in units], override_num_blocks=len(units))
     # Ray ends the process of every GPU task by default; here the child holds the GPU, and is ended when idle.
-    gpu: dict[str, Any] = {"num_gpus": num_gpus, "max_calls": 0} if num_gpus else {}
+    options: dict[str, Any] = {"num_gpus": num_gpus, "max_calls": 0} if num_gpus else {}
+    if where := placement("generate" if num_gpus else "cpu"):
+        options["resources"] = where
     run_unit: Any = _RunUnit(target, limits).__call__
     done = blocks.map_batches(
         run_unit,
@@ -131,7 +134,7 @@ def run_units(
         compute=ray.data.TaskPoolStrategy(size=max(1, min(context.workers, len(units)))),
         num_cpus=num_cpus,
         batch_format="numpy",
-        **gpu,
+        **options,
     )
     finished = already
     for batch in done.iter_batches(batch_size=1, batch_format="numpy", prefetch_batches=0):

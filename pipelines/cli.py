@@ -194,6 +194,22 @@ def _parser() -> argparse.ArgumentParser:
     jobs.add_argument("--all", action="store_true", help="list: jobs that others submitted as well")
     jobs.add_argument("--json", action="store_true", help="list: as JSON, one object a line")
     jobs.set_defaults(run=_jobs)
+
+    manifest = commands.add_parser(
+        "manifest", help="write KubeRay, launcher, Slurm or container files for a cluster", description=_manifest.__doc__
+    )
+    manifest.add_argument(
+        "target", choices=["kuberay", "launcher", "slurm", "containerfile", "settings"], help="what to write; settings: list them"
+    )
+    manifest.add_argument("--kind", choices=["job", "cluster"], help="kuberay: RayJob or RayCluster (default: job)")
+    manifest.add_argument("--recipe", metavar="RECIPE", help="the recipe that it is for: decides the groups of workers")
+    manifest.add_argument("--runs", metavar="DIR", help="folder or URI that holds the runs (default: runs)")
+    manifest.add_argument(
+        "--set", action="append", default=[], dest="settings", metavar="PATH=VALUE",
+        help="a setting to change, e.g. workers.gpu.max=8; may be repeated; `danlu manifest settings` lists them",
+    )  # fmt: skip
+    manifest.add_argument("--out", metavar="FILE", help="write to this file instead of the terminal")
+    manifest.set_defaults(run=_manifest)
     return parser
 
 
@@ -543,3 +559,16 @@ def _submit(parsed: argparse.Namespace) -> int:
         wait=not parsed.no_wait,
         runs=parsed.runs,
     )
+
+
+def _manifest(parsed: argparse.Namespace) -> int:
+    """Write what brings up a cluster: KubeRay resources, YAML for Ray's cluster launcher, a Slurm script, a container file."""
+    from pipelines.manifest import manifest
+
+    text = manifest(parsed)
+    if parsed.out is None:
+        sys.stdout.write(text)
+    else:
+        storage.write_bytes(storage.absolute(parsed.out, os.getcwd()), text.encode())
+        _ERR.print(f"wrote {parsed.out}", markup=False)
+    return 0

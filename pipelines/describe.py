@@ -45,6 +45,11 @@ def _documentation(thing: Any) -> list[str]:
     return ["", *(f"  {line}".rstrip() for line in (inspect.getdoc(thing) or "").split("\n"))]
 
 
+def settings_lines(model: type[pydantic.BaseModel]) -> list[str]:
+    """Every setting of a model with its type, default and meaning, those of models within it indented below."""
+    return _settings(model)
+
+
 def _settings(model: type[pydantic.BaseModel], skip: set[str] = frozenset(), indent: str = "  ") -> list[str]:  # type: ignore[assignment]
     lines = ["", f"{indent}settings:"] if model.model_fields else ["", f"{indent}no settings"]
     for name, field in model.model_fields.items():

@@ -28,6 +28,7 @@ import psutil
 
 from cluster import connect, storage
 from cluster.lease import Lease, LeaseHeld
+from cluster.placement import gpus
 from operators import shards
 from operators.config import SettingsError
 from operators.ledger import LedgerError
@@ -371,10 +372,8 @@ class Services:
 
         with self._lock:
             if self._group is None:
-                import ray
-
                 options = self._run.options
-                workers = options.train_workers or int(ray.cluster_resources().get("GPU", 0)) or options.workers
+                workers = options.train_workers or gpus("train") or options.workers
                 self._group = TrainGroup(workers=workers, storage_path=storage.join(self._run.directory, ".train"))
                 self._group.start()
             return self._group

@@ -22,7 +22,9 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from cluster.placement import gpus, placement
 from train import jobs
 from train.coordinator import Coordinator
 from train.errors import JobCancelled, JobError, TrainingError
@@ -51,14 +53,18 @@ class TrainGroup:
         self._coordinator: Any = None
         self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None
+        self._where: dict[str, float] = {}
 
     def start(self) -> None:
         """Begin to start the workers and return at once; nothing happens if they were started."""
         if self._thread is not None:
             return
         if self.use_gpu is None:
-            self.use_gpu = ray.cluster_resources().get("GPU", 0) >= self.workers
-        self._coordinator = ray.remote(num_cpus=0)(Coordinator).remote(self.workers)
+            self.use_gpu = gpus("train") >= self.workers
+        # Beside the driver, whose end is its own end too: elsewhere it could be lost with a node that the autoscaler takes away.
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        self._coordinator = ray.remote(Coordinator).options(num_cpus=0, scheduling_strategy=here).remote(self.workers)
+        self._where = placement("train")
         # Workers import torch and TRL from disk: a minute is not always enough on a busy machine.
         os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "600")
         self._thread = threading.Thread(target=self._fit, name="train-group", daemon=True)
@@ -77,7 +83,7 @@ class TrainGroup:
                 scaling_config=ScalingConfig(
                     num_workers=self.workers,
                     use_gpu=bool(self.use_gpu),
-                    resources_per_worker={"CPU": self.cpus, **({"GPU": 1.0} if self.use_gpu else {})},
+                    resources_per_worker={"CPU": self.cpus, **({"GPU": 1.0} if self.use_gpu else {}), **self._where},
                 ),
                 # A name that was used before would silently resume that run.
                 run_config=RunConfig(

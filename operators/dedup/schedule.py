@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, Protocol
 
 import ray
 
+from cluster.placement import placement
 from operators import shards
 from operators.dedup import exchange
 from operators.stage import StageContext
@@ -62,7 +63,9 @@ def _run_phase(context: StageContext, plan: Plan, phase: Phase, done: int, total
     context.progress(done + count - len(missing), total, "units")
     if not missing:
         return
-    task = ray.remote(function).options(num_cpus=1, max_retries=5, scheduling_strategy="SPREAD", name=f"{context.stage}:{name}")
+    task = ray.remote(function).options(
+        num_cpus=1, resources=placement("cpu"), max_retries=5, scheduling_strategy="SPREAD", name=f"{context.stage}:{name}"
+    )
     shared = ray.put(plan)
     running: dict[Any, int] = {}
     left = iter(missing)

@@ -16,6 +16,8 @@ from typing import Any, Literal
 
 from pydantic import Field
 
+from cluster.placement import gpus as reachable_gpus
+from cluster.placement import placement
 from operators.config import Settings
 from operators.synthesis.endpoint import EndpointEngine, EndpointSettings
 from operators.synthesis.packaged import check_model, model_revision
@@ -185,11 +187,12 @@ class Engine:
 
         settings = self.settings.model_dump()
         if settings["device"] == "auto":
-            settings["device"] = "gpu" if ray.cluster_resources().get("GPU", 0) >= self.settings.tensor_parallel else "cpu"
+            settings["device"] = "gpu" if reachable_gpus("generate") >= self.settings.tensor_parallel else "cpu"
         gpus = self.settings.tensor_parallel if settings["device"] == "gpu" else 0
         actor = ray.remote(VllmWorker).options(
-            num_cpus=self.settings.cpus, num_gpus=gpus, max_concurrency=64, max_restarts=0, runtime_env={"env_vars": ENVIRONMENT}
-        )
+            num_cpus=self.settings.cpus, num_gpus=gpus, resources=placement("generate" if gpus else "cpu"),
+            max_concurrency=64, max_restarts=0, runtime_env={"env_vars": ENVIRONMENT},
+        )  # fmt: skip
         return actor.remote(settings, self.cache_directory)
 
 

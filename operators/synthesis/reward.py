@@ -19,6 +19,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
+from cluster.placement import placement
 from operators import tables
 from operators.config import Settings, SettingsError
 from operators.quality.model_scorer import Activation, Classifier, Scoring
@@ -205,7 +206,8 @@ class _Replica:
         for death in range(_MAX_DEATHS):
             if self._actor is None:
                 gpus = 1 if self._asking.scoring.device == "cuda" else 0
-                actor = ray.remote(RewardWorker).options(num_cpus=1, num_gpus=gpus, max_restarts=0)
+                where = placement("generate" if gpus else "cpu")
+                actor = ray.remote(RewardWorker).options(num_cpus=1, num_gpus=gpus, resources=where, max_restarts=0)
                 self._actor = actor.remote(self._asking, self._limits)
             try:
                 return list(ray.get(self._actor.score.remote(conversations)))

@@ -21,6 +21,7 @@ import ray
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from cluster import storage
+from cluster.placement import placement
 from operators import shards
 from operators.ledger import Equation
 from operators.stage import StageContext
@@ -125,7 +126,9 @@ def train_stage(
     context.check_cancelled()
     context.log(f"training {vocab_size} tokens on {sample.documents} documents, {sample.bytes} bytes")
     measured = min(sample.limit, limit_for(sample.histogram, _MEASURED_BYTES))
-    reference = _train.remote(sample.paths, context.directory, vocab_size, min_frequency, max_token_bytes, measured)
+    reference = _train.options(resources=placement("cpu")).remote(
+        sample.paths, context.directory, vocab_size, min_frequency, max_token_bytes, measured
+    )
     while not ray.wait([reference], timeout=0.5)[0]:
         try:
             context.check_cancelled()

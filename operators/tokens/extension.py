@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 import ray
 
 from cluster import storage
+from cluster.placement import placement
 from operators import shards
 from operators.ledger import Equation
 from operators.stage import StageContext
@@ -46,7 +47,9 @@ def extend_stage(
     aside = replace(context, directory=storage.join(context.directory, ".scratch", "general"), progress=lambda *_: None)
     other = draw(aside, shards.parts(general), min(sample_bytes, 8 << 20), document_characters).paths if general else []
     context.check_cancelled()
-    reference = _extend.remote(sample.paths, other, context.directory, base, words, tokens, min_frequency, max_token_bytes)
+    reference = _extend.options(resources=placement("cpu")).remote(
+        sample.paths, other, context.directory, base, words, tokens, min_frequency, max_token_bytes
+    )
     while not ray.wait([reference], timeout=0.5)[0]:
         try:
             context.check_cancelled()

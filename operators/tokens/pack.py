@@ -22,6 +22,7 @@ import pyarrow.parquet as pq
 import ray
 
 from cluster import storage
+from cluster.placement import placement
 from operators import shards, tables
 from operators.ledger import Equation, Ledger, merge_stats
 from operators.shards import UnitWriter
@@ -354,7 +355,7 @@ def pack_stage(
         "eos_token_id": eos,
         "padding_token_id": settings.padding_token_id,
     }
-    flat_sequences = ray.get(_write_twin.remote(directory, paths, **index))
+    flat_sequences = ray.get(_write_twin.options(resources=placement("cpu")).remote(directory, paths, **index))
     storage.write_bytes(storage.join(directory, "tokenizer.json"), tokenizer.model)
     config = json.dumps(tokenizer.settings, indent=1, ensure_ascii=False, sort_keys=True).encode()
     storage.write_bytes(storage.join(directory, "tokenizer_config.json"), config)

@@ -7,6 +7,8 @@ from typing import Any
 
 import ray
 
+from cluster.placement import placement
+
 
 def run_tasks(
     function: Any, jobs: Sequence[tuple[Any, ...]], in_flight: int, check_cancelled: Callable[[], None] = lambda: None
@@ -16,12 +18,13 @@ def run_tasks(
     A task lost with its worker or node is retried by Ray. When a task raises, or the caller stops, the tasks in flight
     are cancelled and the error is raised; what they had committed stays.
     """
+    remote = function.options(resources=placement("cpu")) if jobs else function
     running: dict[Any, int] = {}
     waiting = iter(enumerate(jobs))
     try:
         while True:
             while len(running) < max(1, in_flight) and (job := next(waiting, None)) is not None:
-                running[function.remote(*job[1])] = job[0]
+                running[remote.remote(*job[1])] = job[0]
             if not running:
                 return
             check_cancelled()

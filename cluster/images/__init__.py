@@ -1,0 +1,1 @@
+"""Container files of the images that run Danlu on CPU and on GPU machines."""
