@@ -5,6 +5,7 @@ Pure arithmetic over plain numbers. Bytes are bytes, speeds operations or bytes 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -86,8 +87,9 @@ class Layout:
     checkpointing: str
 
     def __str__(self) -> str:
-        words = [f"sharding: {self.sharding}"] + ([f"tensor: {self.tensor}"] if self.tensor > 1 else [])
-        return "{" + ", ".join(words) + "}" + ("" if self.checkpointing == "none" else f", activation_checkpointing: {self.checkpointing}")
+        tensor = f", tensor: {self.tensor}" if self.tensor > 1 else ""
+        kept = f", activation_checkpointing: {self.checkpointing}" if self.checkpointing != "none" else ""
+        return f"{{sharding: {self.sharding}{tensor}}}{kept}"
 
 
 def layout_of(training: Training) -> Layout:
@@ -139,7 +141,8 @@ def gpu_groups(cluster: Cluster) -> list[NodeGroup]:
 
 @dataclass(frozen=True)
 class Speed:
-    """How a stage runs on devices: seconds of its work, devices used and available, bytes that one must hold and has."""
+    """How a stage runs on devices: seconds of its work (infinite where no layout is possible), devices used and available, bytes
+    that one must hold and has."""
 
     seconds: float
     devices: int
@@ -177,7 +180,8 @@ def _on_gpus(training: Training, groups: list[NodeGroup], rates: Rates) -> Speed
     each = min(group.gpus for group in groups)
     network = min(group.network_gbit for group in groups) * 1e9 / 8
     peak = worst.bf16_tflops * 1e12 * (1.0 if training.precision == "bf16" else _FP32_SHARE)
-    mfu = rates.gpu_mfu if rates.gpu_mfu is not None and rates.gpu == worst.name else rates.assumptions.mfu
+    known = rates.gpu is not None and set(rates.gpu.split()) <= set(worst.name.split())
+    mfu = rates.gpu_mfu if rates.gpu_mfu is not None and known else rates.assumptions.mfu
     trained = training.model.parameters if training.trained is None else training.trained
     layout = layout_of(training)
     best: Speed | None = None
@@ -186,7 +190,8 @@ def _on_gpus(training: Training, groups: list[NodeGroup], rates: Rates) -> Speed
             continue
         workers = data * layout.tensor
         compute = training.flops / (workers * peak * mfu)
-        exchange = training.steps * 2 * 4 * trained * (1.5 if layout.sharding == "fsdp2" else 1.0) / network if workers > each else 0
+        often = 1.5 if layout.sharding == "fsdp2" else 1.0  # weights are gathered again for the backward pass
+        exchange = training.steps * 2 * 4 * trained * often / network if workers > each else 0.0
         needs = training_bytes(training, layout, workers, rates.assumptions.activation_bytes)
         seconds = max(compute, exchange)
         speed = Speed(seconds, workers, available, needs, memory * 1e9 - _RESERVED_BYTES, True, exchange > compute)
@@ -194,7 +199,7 @@ def _on_gpus(training: Training, groups: list[NodeGroup], rates: Rates) -> Speed
             best = speed
     if best is None:
         needs = training_bytes(training, layout, layout.tensor, rates.assumptions.activation_bytes)
-        return Speed(training.flops / (peak * mfu), 0, available, needs, memory * 1e9 - _RESERVED_BYTES, True)
+        return Speed(math.inf, 0, available, needs, memory * 1e9 - _RESERVED_BYTES, True)
     return best
 
 
@@ -210,7 +215,8 @@ def _on_cpus(training: Training, group: NodeGroup, rates: Rates, cluster: Cluste
         exchange = training.steps * 2 * 4 * trained / (group.network_gbit * 1e9 / 8) if nodes > 1 else 0.0
         layout = replace(layout_of(training), tensor=1)
         needs = training_bytes(training, layout, nodes, rates.assumptions.activation_bytes)
-        speed = Speed(max(compute, exchange), nodes * group.cpus, group.count * group.cpus, needs, cluster.task_memory(group), False, exchange > compute)
+        cores, room = (nodes * group.cpus, group.count * group.cpus), cluster.task_memory(group)
+        speed = Speed(max(compute, exchange), *cores, needs, room, False, exchange > compute)
         if best is None or (not speed.fits, speed.seconds) < (not best.fits, best.seconds):
             best = speed
     assert best is not None  # one node always divides a batch
@@ -265,6 +271,6 @@ def generate_speed(generation: Generation, cluster: Cluster, rates: Rates) -> Sp
         step = max(max(read, arithmetic) / assume.decode_efficiency, model.layers * assume.decode_step_s_a_layer)
         decode = generation.completion_tokens / running * step
         prefill = 2 * model.active * generation.prompt_tokens / (generation.tensor * gpu.bf16_tflops * 1e12 * assume.mfu)
-        seconds = (decode + prefill) / max(1, replicas)
+        seconds = (decode + prefill) / replicas if replicas else math.inf
         found.append(Speed(seconds, replicas * generation.tensor, available, least, room, True))
     return min(found, key=lambda speed: (not speed.fits, speed.seconds))

@@ -52,6 +52,7 @@ class Estimate:
     read_bytes: float = 0.0
     written_bytes: float = 0.0  # what stays
     shuffled_bytes: float = 0.0  # written, read once and deleted
+    scratch_bytes: float = 0.0  # there while the stage runs: checkpoints
     tokens: float | None = None
     waits_s: float = 0.0  # fixed: an endpoint's limit, say
     done: bool = False
@@ -73,7 +74,7 @@ class Warned:
 
 @dataclass(frozen=True)
 class StagePlan:
-    """A stage on the cluster. `seconds` is None where nothing is known of its input; `begins` counts from the run's start."""
+    """A stage on the cluster. `seconds` is None where nothing is known of its input, or it cannot run; `begins` counts from the run's start."""
 
     estimate: Estimate
     units: float
@@ -201,13 +202,11 @@ def _lay_training(estimate: Estimate, training: Training, cluster: Cluster, rate
         else:
             warnings.append(Warned("model_fits_nowhere", name, facts))
     elif speed.on_gpu and speed.devices < speed.available:
-        warnings.append(
-            Warned("idle_gpus", name, {"used": speed.devices, "available": speed.available, "batch": training.batch})
-        )
+        warnings.append(Warned("idle_gpus", name, {"used": speed.devices, "available": speed.available, "batch": training.batch}))
     if speed.network_bound:
         warnings.append(Warned("network_bound", name, {}))
     moved = (estimate.read_bytes + estimate.written_bytes) / cluster.storage_bytes_s
-    seconds = max(speed.seconds, moved) + rates.train_start_s
+    seconds = max(speed.seconds, moved) + rates.train_start_s if math.isfinite(speed.seconds) else None
     workers = speed.devices if speed.on_gpu else max(1, speed.devices // max(1, min(group.cpus for group in cluster.nodes)))
     cpus = 1.0 if speed.on_gpu else float(speed.devices) / workers
     return StagePlan(
@@ -235,7 +234,7 @@ def _lay_generation(estimate: Estimate, generation: Generation, cluster: Cluster
         replicas = speed.available // generation.tensor
         warnings.append(Warned("idle_engines", name, {"used": speed.devices, "available": speed.available, "replicas": replicas}))
     replicas = max(1, speed.devices // generation.tensor) if speed.on_gpu else generation.replicas
-    seconds = speed.seconds + estimate.waits_s + rates.engine_start_s
+    seconds = speed.seconds + estimate.waits_s + rates.engine_start_s if math.isfinite(speed.seconds) else None
     gpus_each = float(generation.tensor) if speed.on_gpu else 0.0
     cpus = 1.0 if speed.on_gpu else float(speed.devices) / max(1, replicas)
     return StagePlan(
@@ -259,9 +258,9 @@ def plan(estimates: Sequence[Estimate], cluster: Cluster, rates: Rates) -> Plan:
         seconds = laid.seconds or 0.0
         if estimate.done:
             ends[estimate.name] = 0.0
-            found.append(_placed(laid, laid.seconds, None))
+            found.append(_placed(laid, 0.0, None))
             continue
-        if estimate.resource in started and estimate.unknown is None:  # its processes are warm
+        if estimate.resource in started and laid.seconds is not None:  # its processes are warm
             seconds -= laid.overhead
         elif laid.overhead:
             started.add(estimate.resource)
@@ -272,13 +271,13 @@ def plan(estimates: Sequence[Estimate], cluster: Cluster, rates: Rates) -> Plan:
     peak, before = 0.0, 0.0
     for each in found:
         if not each.estimate.done:
-            peak = max(peak, before + each.estimate.written_bytes + each.estimate.shuffled_bytes)
+            peak = max(peak, before + each.estimate.written_bytes + each.estimate.shuffled_bytes + each.estimate.scratch_bytes)
             before += each.estimate.written_bytes
     training = [each for each in found if each.estimate.training is not None and not each.estimate.done]
     common = _common_workers([each for each in training if each.units])
     return Plan(
         cluster, tuple(found), max(ends.values(), default=0.0), written, peak,
-        tuple(each.estimate.name for each in found if each.estimate.unknown is not None and not each.estimate.done),
+        tuple(each.estimate.name for each in found if each.seconds is None),
         cluster.cores, common, tuple(_of_the_run(cluster, peak, found)),
     )  # fmt: skip
 
@@ -312,7 +311,8 @@ def _of_the_run(cluster: Cluster, peak: float, stages: Sequence[StagePlan]) -> l
         warnings.append(Warned("runs_local", "", {"nodes": cluster.node_count}))
     for group in cluster.nodes:
         # every training node keeps a copy of the packed tokens that it maps into memory
-        packed = max((each.estimate.read_bytes for each in stages if each.estimate.training and not each.estimate.done), default=0.0)
+        training = [each.estimate for each in stages if each.estimate.training and not each.estimate.done]
+        packed = max((each.read_bytes for each in training), default=0.0)
         if cluster.storage.kind != "local" and packed > group.disk_gb * 1e9:
             warnings.append(Warned("node_disk", "", {"group": group.name, "needs": packed, "has": group.disk_gb * 1e9}))
     return warnings

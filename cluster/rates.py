@@ -36,10 +36,8 @@ class Assumptions(_Described):
     bucket_pairs: float = Field(default=6.5, ge=0, description="pairs a such row (docs/scale.md)")
     stored_text: float = Field(default=0.42, gt=0, description="bytes on disk of a byte of text, zstd Parquet with its columns")
     tokens_per_byte_en: float = Field(default=0.24, gt=0, description="tokens a byte of English, vocabulary of 32,000")
-    tokens_per_byte_zh: float = Field(default=0.22, gt=0, description="tokens a byte of Chinese (UTF-8), vocabulary of 32,000 of it")
-    tokens_per_byte_zh_foreign: float = Field(
-        default=0.42, gt=0, description="tokens a byte of Chinese of a tokenizer that was made for English"
-    )
+    tokens_per_byte_zh: float = Field(default=0.22, gt=0, description="tokens a byte of Chinese, of a tokenizer learnt from it")
+    tokens_per_byte_zh_foreign: float = Field(default=0.42, gt=0, description="tokens a byte of Chinese, of one made for English")
     chat_bytes: float = Field(default=900, gt=0, description="bytes of text in a conversation or pair that a model wrote")
     prompt_tokens: float = Field(default=350, gt=0, description="tokens of a prompt")
     reply_fill: float = Field(default=0.6, gt=0, le=1, description="tokens of a reply as a share of its `max_tokens`")

@@ -285,8 +285,7 @@ def _check(parsed: argparse.Namespace) -> int:
         preflight(node, os.getcwd())
     workers = parsed.train_workers or parsed.workers
     findings = rules.run(Evidence(recipe, {node.name: node for node in nodes}, os.getcwd(), workers))
-    locale = os.environ.get("LC_ALL") or os.environ.get("LANG", "")
-    language: Literal["en", "zh"] = parsed.lang or ("zh" if locale.startswith("zh") else "en")
+    language = _language(parsed.lang)
     if parsed.json:
         print(json.dumps([finding.as_json(language) for finding in findings], ensure_ascii=False, indent=1))
         return 1 if parsed.strict and findings else 0
@@ -352,8 +351,8 @@ def _rates(parsed: argparse.Namespace) -> int:
     from pipelines.planning.measure import measure
     from pipelines.planning.show import write_rates
 
-    command = shlex.join(["danlu", *sys.argv[1:]])
-    found = measure(parsed.seconds, storage.absolute(parsed.disk, os.getcwd()), command, lambda line: _ERR.print(line, markup=False))
+    command, disk = shlex.join(["danlu", *sys.argv[1:]]), storage.absolute(parsed.disk, os.getcwd())
+    found = measure(parsed.seconds, disk, command, lambda line: _ERR.print(line, markup=False))
     write_rates(found, storage.absolute(parsed.out, os.getcwd()))
     _OUT.print(parsed.out, markup=False)
     return 0

@@ -129,20 +129,19 @@ def dedup(name: str, stage: Any, walk: Walk) -> tuple[Estimate, Flow]:
         Phase("map", parts, reading + signing, map_memory),
         Phase("index", 1, parts * partitions * 1e-7, _KEY_TASK_MEMORY + parts * partitions * _INDEX_BYTES),
         Phase("join", partitions, join, _KEY_TASK_MEMORY + _SORTING * keys / partitions, small_reads=2 * parts * partitions),
-        Phase(
-            "resolve", 1, bucketed * assume.bucket_pairs * _RESOLVED_PAIR_S, _KEY_TASK_MEMORY + bucketed * _RESOLVED_ROW_BYTES
-        ),
+        Phase("resolve", 1, bucketed * assume.bucket_pairs * _RESOLVED_PAIR_S, _KEY_TASK_MEMORY + bucketed * _RESOLVED_ROW_BYTES),
         Phase("cards", parts, rows * 1e-7, _KEY_TASK_MEMORY),
         Phase("remove", parts, rows * 2e-7, _KEY_TASK_MEMORY),
     ]
     if bands and stage.verify:
         again = (reading + signing) * assume.bucket_rows
         phases.insert(2, Phase("verify", parts, 2 * again, map_memory))
-    share = 1 - (1 - walk.kept_share(name, stage, 1 - assume.duplicates))
+    share = walk.kept_share(name, stage, 1 - assume.duplicates)
     removed = flow.rows * (1 - share)
+    sketches = rows * options.permutations if bands and options.similarity else 0.0
     estimate = base(
         name, stage, flow, phases=tuple(phases), rows_out=flow.rows * share, read_bytes=compared.stored,
-        written_bytes=removed * 80 + rows / 8, shuffled_bytes=keys + (rows * options.permutations if bands and options.similarity else 0),
+        written_bytes=removed * 80 + rows / 8, shuffled_bytes=keys + sketches,
     )  # fmt: skip
     return estimate, flow.kept(share)
 
@@ -193,7 +192,8 @@ def encoder(name: str, stage: Any, walk: Walk) -> tuple[Estimate, Flow]:
     if not scores:
         clusters = stage.clusters or max(1, flow.rows / 5000)
         phases.append(Phase("clusters", flow.parts, flow.rows * clusters * 768e-9 / 10, memory))
-    share = walk.kept_share(name, stage, (assume.share_kept("score") if scores and stage.minimum is not None else 1.0) if scores else 0.9)
+    otherwise = 0.9 if not scores else assume.share_kept("score") if stage.minimum is not None else 1.0
+    share = walk.kept_share(name, stage, otherwise)
     written = flow.text * assume.stored_text if scores else flow.rows / 8
     estimate = base(
         name, stage, flow, phases=tuple(phases), rows_out=flow.rows * share, read_bytes=flow.stored, written_bytes=written,

@@ -125,4 +125,3 @@ def _earlier(runs: str, name: str) -> tuple[str, ...]:
 def _named(path: str, name: str) -> bool:
     own = path.rstrip("/").rpartition("/")[2]
     return own == name or (own.startswith(f"{name}-limit-") and own.removeprefix(f"{name}-limit-").isdigit())
-

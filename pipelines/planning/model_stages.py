@@ -18,6 +18,7 @@ from train.model_shapes import read_shape
 from train.settings import ModelShape, is_shape
 
 _STATE_ON_DISK = 12  # bytes a trained weight in a checkpoint: itself and two moments
+_EXPORTED = 4  # bytes a weight of a model that is written: float32
 _PADDED = 1.2  # tokens computed over tokens with content, in batches of rows of unequal length
 _CHOICES = 4  # of a question, each scored by a pass
 _DECODED_AS = 3.0  # a token decoded by transformers costs as much as so many that are only read
@@ -74,11 +75,11 @@ def trained(name: str, stage: Any, walk: Walk) -> tuple[Estimate, Flow]:
         0.6 if nf4 else 4.0, stage.sharding, 1, "full" if stage.activation_checkpointing else "none", stage.precision,
         needs_gpu=nf4 or getattr(stage, "vllm", None) is not None,
     )  # fmt: skip
-    weights = model.parameters * (2 if stage.precision == "bf16" else 4)
     kept = (adapters if adapters is not None else model.parameters) * _STATE_ON_DISK * 2
     estimate = base(
-        name, stage, flow, training=training, rows_out=examples, read_bytes=flow.stored, written_bytes=weights + kept, tokens=tokens
-    )
+        name, stage, flow, training=training, rows_out=examples, read_bytes=flow.stored, scratch_bytes=kept, tokens=tokens,
+        written_bytes=model.parameters * _EXPORTED + (adapters or 0.0) * 4,
+    )  # fmt: skip
     return estimate, Flow(rows=examples, text=0.0, model=model, vocab=vocab)
 
 
@@ -102,11 +103,11 @@ def _pretrained(name: str, stage: Any, walk: Walk, model: Model, inputs: dict[st
         sharding=stage.parallel.sharding, tensor=stage.parallel.tensor, checkpointing=stage.activation_checkpointing,
         precision=stage.precision, checkpoints=stage.keep_checkpoints,
     )  # fmt: skip
-    written = model.parameters * (4 + _STATE_ON_DISK * stage.keep_checkpoints)
     available = sum(each.tokens or 0.0 for each in inputs.values())
     estimate = base(
         name, stage, flow, training=training, rows_out=tokens / length, read_bytes=sum(each.stored for each in inputs.values()),
-        written_bytes=written, tokens=tokens, measured=(("epochs", tokens / available),) if available else (),
+        written_bytes=model.parameters * _EXPORTED, scratch_bytes=model.parameters * _STATE_ON_DISK * stage.keep_checkpoints,
+        tokens=tokens, measured=(("epochs", tokens / available),) if available else (),
     )  # fmt: skip
     return estimate, Flow(rows=tokens / length, text=0.0, model=model, vocab=vocab)
 
@@ -181,7 +182,7 @@ def generated(name: str, stage: Any, walk: Walk) -> tuple[Estimate, Flow]:
         shown = max(1, stage.tasks_per_call - stage.seed_examples - stage.machine_examples)
         wanted = rows_in / walk.assumed("yield", walk.assume.yield_)
         calls = wanted / shown + wanted
-        completions = wanted / shown * stage.instruction_sampling.max_tokens * fill + wanted * stage.answer_sampling.max_tokens * fill
+        completions = wanted * fill * (stage.instruction_sampling.max_tokens / shown + stage.answer_sampling.max_tokens)
         rows_out, text = rows_in, rows_in * walk.assume.chat_bytes
     elif stage.kind == "evol_instruct":
         each = stage.evolve_sampling.max_tokens * fill + stage.answer_sampling.max_tokens * fill + (8 if stage.judge else 0)
@@ -239,8 +240,7 @@ def _from_documents(stage: Any, walk: Walk, flow: Flow, rows: float, fill: float
     again = stage.back_translation.samples + (stage.back_translation.without_document != "off")
     checked = (stage.pairs if stage.form == "alpaca" else stage.dialogues * stage.turns) * again
     calls = chunks * (1 + asked + checked)
-    completions = chunks * fill * (
-        stage.key_point_sampling.max_tokens + asked * stage.sampling.max_tokens + checked * stage.back_translation.sampling.max_tokens
-    )  # fmt: skip
+    each = stage.key_point_sampling.max_tokens + asked * stage.sampling.max_tokens
+    completions = chunks * fill * (each + checked * stage.back_translation.sampling.max_tokens)
     made = stage.pairs if stage.form == "alpaca" else stage.dialogues
     return calls, completions, chunks * made * walk.assumed("yield", walk.assume.yield_)

@@ -58,9 +58,9 @@ def make_plan(recipe: Recipe, runs: str, base_directory: str, cluster: Cluster, 
     """The plan of a recipe on a cluster. Raises SettingsError."""
     found = estimates(recipe, storage.absolute(runs, base_directory), base_directory, rates, limit)
     laid = plan(found, cluster, rates)
-    if cluster.storage.kind != "local" and cluster.node_count > 1 and not storage.is_remote(storage.absolute(runs, base_directory)):
-        if cluster.storage.kind == "object_store":
-            laid = dataclasses.replace(laid, warnings=(Warned("runs_local", "", {"nodes": cluster.node_count}), *laid.warnings))
+    remote = storage.is_remote(storage.absolute(runs, base_directory))
+    if cluster.storage.kind == "object_store" and cluster.node_count > 1 and not remote:
+        laid = dataclasses.replace(laid, warnings=(Warned("runs_local", "", {"nodes": cluster.node_count}), *laid.warnings))
     return laid
 
 
@@ -68,13 +68,11 @@ def pieces(laid: Plan, rates: Rates, default_rates: bool, language: Language) ->
     """What the command prints, one after the other."""
     cluster = laid.cluster
     kind = word(cluster.storage.kind, language)
+    described = {"name": cluster.description or cluster.name, "nodes": cluster.node_count, "cores": f"{cluster.cores:,}"}
     shown: list[RenderableType] = [
-        Text(
-            word("cluster", language, name=cluster.description or cluster.name, nodes=cluster.node_count, cores=f"{cluster.cores:,}",
-                 gpus=cluster.gpus, storage=kind)
-        ),
+        Text(word("cluster", language, **described, gpus=cluster.gpus, storage=kind)),
         _table(laid, language),
-    ]  # fmt: skip
+    ]
     total = "total_partly" if laid.unknown else "total"
     facts = {"time": span(laid.seconds, language), "disk": size(laid.written_bytes), "peak": size(laid.peak_bytes)}
     shown.append(Text(word(total, language, **facts)))
@@ -111,7 +109,7 @@ def _table(laid: Plan, language: Language) -> Table:
             taken = f"{word('done', language)} ({span(each.seconds_taken, language)})"
             cells = [many(each.rows_out), "–", "–", "–", "–", size(each.written_bytes), _count(each.tokens), taken]
         elif each.unknown is not None:
-            cells = [_count(each.rows_out), *[word("unknown", language)] * 4, size(each.written_bytes or None), _count(each.tokens), "?"]
+            cells = [_count(each.rows_out), *["?"] * 4, size(each.written_bytes or None), _count(each.tokens), "?"]
         else:
             task = f"{stage.cpus:g} {stage.gpus:g} {size(stage.memory)}" if stage.units else "–"
             cells = [
@@ -158,4 +156,3 @@ def _stage_json(stage: StagePlan, language: Language) -> dict[str, Any]:
 
 def _warning_json(warned: Warned, language: Language) -> dict[str, Any]:
     return {"code": warned.code, "stage": warned.stage, "facts": warned.facts, "text": told(warned, language)}
-

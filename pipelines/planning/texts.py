@@ -33,8 +33,9 @@ WORDS: dict[str, tuple[str, str]] = {
     ),
     "command": ("run it with: --workers {workers}", "运行时请加：--workers {workers}"),
     "command_train": (
-        "run it with: --workers {workers} --train-workers {train}", "运行时请加：--workers {workers} --train-workers {train}"
-    ),  # fmt: skip
+        "run it with: --workers {workers} --train-workers {train}",
+        "运行时请加：--workers {workers} --train-workers {train}",
+    ),
     "rates": ("rates: {machine}, {date} ({command})", "速率来自：{machine}，{date}（{command}）"),
     "own_rates": (
         "these are not from your machine: `danlu rates --out rates.yaml` measures it in about a minute; then --rates rates.yaml",
@@ -60,17 +61,20 @@ WARNINGS: dict[str, tuple[str, str]] = {
     "last_step": (
         "the step `{phase}` is one task and needs {needs}, a node has {has} for tasks: give the cluster one node with more memory, "
         "or deduplicate in batches against a kept index (`index:`)",
-        "步骤 `{phase}` 是单个任务，需要 {needs}，而节点可用内存为 {has}：请加入一台内存更大的节点，或用保留索引（`index:`）分批去重",
+        "步骤 `{phase}` 是单个任务，需要 {needs}，而节点可用内存为 {has}：请加入一台内存更大的节点，"
+        "或用保留索引（`index:`）分批去重",
     ),
     "task_memory": (
         "a task of `{phase}` needs {needs}, a node has {has} for tasks: more partitions or smaller units (`partitions`, "
         "`read.max_unit_bytes`), or nodes with more memory",
-        "`{phase}` 的单个任务需要 {needs}，节点可用内存为 {has}：请增加分区或减小单元（`partitions`、`read.max_unit_bytes`），或换内存更大的节点",
+        "`{phase}` 的单个任务需要 {needs}，节点可用内存为 {has}：请增加分区或减小单元（`partitions`、"
+        "`read.max_unit_bytes`），或换内存更大的节点",
     ),
     "few_units": (
         "{units} units for {cores} cores: the others idle. More, smaller files, or a smaller `read.max_unit_bytes` where files can "
         "be cut (compressed ones cannot)",
-        "{cores} 个核只有 {units} 个单元，其余空闲。请使用更多更小的文件，或在文件可切分时减小 `read.max_unit_bytes`（压缩文件不可切分）",
+        "{cores} 个核只有 {units} 个单元，其余空闲。请使用更多更小的文件，或在文件可切分时减小 "
+        "`read.max_unit_bytes`（压缩文件不可切分）",
     ),
     "memory_limits": (
         "memory lets {at_once} tasks of `{phase}` ({needs} each) run at once on {cores} cores",
@@ -89,25 +93,28 @@ WARNINGS: dict[str, tuple[str, str]] = {
         "在 {layout} 下每块 GPU 需要 {needs}，而只有 {has}。改用 {fits} 和 {gpus} 块 GPU 可以放下",
     ),
     "model_fits_nowhere": (
-        "the model needs {needs} under {layout}, {has} are there, and no layout on this cluster fits: more or larger GPUs, a smaller "
-        "model, LoRA, or a smaller micro-batch",
-        "在 {layout} 下需要 {needs}，只有 {has}，且该集群上没有放得下的布局：请使用更多或更大的 GPU、更小的模型、LoRA，或减小微批次",
+        "the model needs {needs} under {layout}, {has} are there, and no layout on this cluster fits: more or larger GPUs, a "
+        "smaller model, LoRA, or a smaller micro-batch",
+        "在 {layout} 下需要 {needs}，只有 {has}，且该集群上没有放得下的布局：请使用更多或更大的 GPU、"
+        "更小的模型、LoRA，或减小微批次",
     ),
     "idle_gpus": (
-        "a batch of {batch} rows divides among {used} of {available} GPUs, and a run on all of them would be refused: set the batch "
-        "to a multiple of the GPUs, or --train-workers {used}",
-        "批大小 {batch} 只能分给 {available} 块 GPU 中的 {used} 块，用全部 GPU 运行会被拒绝：请将批大小设为 GPU 数的倍数，或用 --train-workers {used}",
+        "a batch of {batch} rows divides among {used} of {available} GPUs, and a run on all of them would be refused: set the "
+        "batch to a multiple of the GPUs, or --train-workers {used}",
+        "批大小 {batch} 只能分给 {available} 块 GPU 中的 {used} 块，用全部 GPU 运行会被拒绝："
+        "请将批大小设为 GPU 数的倍数，或用 --train-workers {used}",
     ),
     "network_bound": (
         "exchanging gradients takes longer than computing them: a larger batch or a faster network would help",
         "梯度交换慢于计算：增大批次或使用更快的网络会有帮助",
     ),
     "engine_gpus": (
-        "an engine with tensor_parallel {tensor} finds {gpus} GPUs", "tensor_parallel 为 {tensor} 的引擎只有 {gpus} 块 GPU 可用"
-    ),  # fmt: skip
+        "an engine with tensor_parallel {tensor} finds {gpus} GPUs",
+        "tensor_parallel 为 {tensor} 的引擎只有 {gpus} 块 GPU 可用",
+    ),
     "engine_too_large": (
-        "the generating model needs {needs} a GPU with tensor_parallel {tensor}, and may take {has}: set generator.tensor_parallel: "
-        "{fits}",
+        "the generating model needs {needs} a GPU with tensor_parallel {tensor}, and may take {has}: set "
+        "generator.tensor_parallel: {fits}",
         "tensor_parallel 为 {tensor} 时生成模型每块 GPU 需要 {needs}，可用 {has}：请设置 generator.tensor_parallel: {fits}",
     ),
     "engine_fits_nowhere": (
@@ -136,7 +143,8 @@ REASONS: dict[str, tuple[str, str]] = {
     "input": ("the size of its input is unknown", "输入大小未知"),
     "files": ("{rest}", "{rest}"),
     "format": (
-        "rows of these formats cannot be counted from the beginnings of files ({rest})", "无法从文件开头推算这些格式的行数（{rest}）"
+        "rows of these formats cannot be counted from the beginnings of files ({rest})",
+        "无法从文件开头推算这些格式的行数（{rest}）",
     ),
     "model": ("no config.json tells the size of the model {rest}", "没有 config.json 说明模型 {rest} 的大小"),
     "endpoint": (
