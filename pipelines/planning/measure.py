@@ -40,7 +40,7 @@ _FILES = {"warc": "pages.warc.gz", "parquet": "documents.parquet", "jsonl": "not
 _OPERATORS: list[str | dict[str, Any]] = [
     "extract_html", "fix_text", "normalise_chinese", "strip_markdown", "strip_boilerplate",
     {"detect_language": {"keep": ["en", "zh"]}}, "gopher_repetition", "gopher_quality", "c4_quality", "fineweb_quality",
-    "filter_lengths", "bad_words",
+    {"filter_lengths": {"min_characters": 10}}, "bad_words",
     {"filter_expression": {"keep": "characters >= 200"}}, "redact_pii",
 ]  # fmt: skip
 _DISK_BYTES = 256 << 20

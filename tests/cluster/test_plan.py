@@ -182,7 +182,9 @@ def test_stages_of_one_resource_follow_each_other_and_others_run_beside_them() -
 
 
 def test_what_is_unknown_is_named_and_not_counted() -> None:
-    laid = plan.plan([stage(unknown="input"), dataclasses.replace(stage(Phase("units", 8, 80, 1e9)), name="more")], nodes(), rates())
+    laid = plan.plan(
+        [stage(unknown="input"), dataclasses.replace(stage(Phase("units", 8, 80, 1e9)), name="more")], nodes(), rates()
+    )
     assert laid.unknown == ("rows",)
     assert laid.stages[0].seconds is None
     assert laid.seconds == pytest.approx(10)
