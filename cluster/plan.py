@@ -74,7 +74,8 @@ class Warned:
 
 @dataclass(frozen=True)
 class StagePlan:
-    """A stage on the cluster. `seconds` is None where nothing is known of its input, or it cannot run; `begins` counts from the run's start."""
+    """A stage on the cluster. `seconds` is None where nothing is known of its input, or it cannot run; `begins` counts from the
+    run's start."""
 
     estimate: Estimate
     units: float

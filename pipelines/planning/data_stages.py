@@ -14,7 +14,8 @@ from cluster import storage
 from cluster.plan import Estimate, Phase
 from operators import registry, shards
 from operators.dedup.options import DedupOptions
-from operators.dedup.plan import partitions_for
+from operators.dedup.plan import Plan, partitions_for
+from operators.dedup.stage import phases_of
 from operators.operator import Filter
 from operators.sinks.export import ExportOptions
 from operators.tokens.encode import TokenizerFiles
@@ -124,18 +125,27 @@ def dedup(name: str, stage: Any, walk: Walk) -> tuple[Estimate, Flow]:
     reading = compared.text / (rates.scan_mb_s * 1e6)
     signing = compared.text / (rates.sign_mb_s * 1e6) if bands else reading / 4
     join = keys / (rates.join_keys_mb_s * 1e6)
+    partition_memory = _KEY_TASK_MEMORY + _SORTING * keys / partitions
     map_memory = _KEY_TASK_MEMORY + min(rows / max(parts, 1), _KEYS_IN_RUNS) * key * 3
-    phases = [
-        Phase("map", parts, reading + signing, map_memory),
-        Phase("index", 1, parts * partitions * 1e-7, _KEY_TASK_MEMORY + parts * partitions * _INDEX_BYTES),
-        Phase("join", partitions, join, _KEY_TASK_MEMORY + _SORTING * keys / partitions, small_reads=2 * parts * partitions),
-        Phase("resolve", 1, bucketed * assume.bucket_pairs * _RESOLVED_PAIR_S, _KEY_TASK_MEMORY + bucketed * _RESOLVED_ROW_BYTES),
-        Phase("cards", parts, rows * 1e-7, _KEY_TASK_MEMORY),
-        Phase("remove", parts, rows * 2e-7, _KEY_TASK_MEMORY),
-    ]
-    if bands and stage.verify:
-        again = (reading + signing) * assume.bucket_rows
-        phases.insert(2, Phase("verify", parts, 2 * again, map_memory))
+    again = (reading + signing) * assume.bucket_rows  # text of candidates, to verify
+    pairs = bucketed * assume.bucket_pairs
+    costs = {  # core seconds, memory of a task, small reads
+        "map": (reading + signing, map_memory, 0.0),
+        "index": (parts * partitions * 1e-7, _KEY_TASK_MEMORY + parts * partitions * _INDEX_BYTES, 0.0),
+        "candidates": (join, partition_memory, parts * partitions),
+        "shingles": (again, map_memory, 0.0),
+        "pairs": (pairs * 1e-6, partition_memory, 0.0),
+        "verify": (again, map_memory, 0.0),
+        "join": (join, partition_memory, 2.0 * parts * partitions),
+        "resolve": (pairs * _RESOLVED_PAIR_S, _KEY_TASK_MEMORY + bucketed * _RESOLVED_ROW_BYTES, 0.0),
+        "cards": (rows * 1e-7, _KEY_TASK_MEMORY, 0.0),
+        "remove": (rows * 2e-7, _KEY_TASK_MEMORY, 0.0),
+    }
+    phases = []
+    for phase in phases_of(Plan("", [shards.Part("", 0, 0)] * math.ceil(parts), options, partitions)):
+        if phase.units:
+            cost, memory, reads = costs.get(phase.name, (0.0, _KEY_TASK_MEMORY, 0.0))
+            phases.append(Phase(phase.name, phase.units, cost, memory, small_reads=reads))
     share = walk.kept_share(name, stage, 1 - assume.duplicates)
     removed = flow.rows * (1 - share)
     sketches = rows * options.permutations if bands and options.similarity else 0.0

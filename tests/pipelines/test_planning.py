@@ -23,7 +23,8 @@ from operators.ledger import Ledger
 from operators.sources.units import ReadSettings, plan_units
 from pipelines import cli, stages
 from pipelines.graph import plan as plan_graph
-from pipelines.planning import estimate, models, show, texts
+from pipelines.planning import data_stages, estimate, models, show, texts
+from pipelines.planning.flow import Flow, Walk
 from pipelines.planning.inputs import input_size
 from pipelines.recipe import Recipe, parse_recipe
 from train.model_shapes import read_shape
@@ -121,8 +122,29 @@ def test_rows_are_handed_from_stage_to_stage(tmp_path: Path) -> None:
 
 def test_deduplication_is_cut_into_as_many_partitions_as_its_own_plan_has(tmp_path: Path) -> None:
     jsonl(tmp_path / "pages.jsonl", 500)
-    joined = next(phase for phase in estimated(recipe(**PACKED), tmp_path)["clean"].phases if phase.name == "join")
-    assert joined.units == partitions_for(500, DedupOptions.model_validate({})) == 1
+    units = {phase.name: phase.units for phase in estimated(recipe(**PACKED), tmp_path)["clean"].phases}
+    assert units["join"] == partitions_for(500, DedupOptions.model_validate({})) == 1
+    assert set(units) == {"map", "index", "join", "resolve", "cards", "remove", "examples"}
+    checked = {**PACKED, "clean": {"kind": "dedup", "input": "pages", "verify": True, "partitions": 7}}
+    units = {phase.name: phase.units for phase in estimated(recipe(**checked), tmp_path)["clean"].phases}
+    assert (units["candidates"], units["shingles"], units["join"]) == (7, 1, 7)
+
+
+@pytest.mark.parametrize(
+    ("terabytes", "partitions", "last_step_gb", "minutes"), [(1, 835, 5, 4), (10, 4096, 50, 44), (100, 4096, 495, 439)]
+)
+def test_deduplication_at_scale_is_what_the_page_on_scale_has(
+    terabytes: int, partitions: int, last_step_gb: float, minutes: float
+) -> None:
+    found = recipe(pages=CORPUS, clean={"kind": "dedup", "input": "pages", "bands": 14, "rows": 8, "similarity": False})
+    walk = Walk(found, RATES, ".")
+    walk.flows["pages"] = Flow(rows=terabytes * 0.25e9, text=terabytes * 1e12, parts=terabytes * 1250)
+    planned, _ = data_stages.dedup("clean", found.stages["clean"], walk)
+    phases = {phase.name: phase for phase in planned.phases}
+    assert phases["join"].units == partitions
+    assert planned.shuffled_bytes == pytest.approx(terabytes * 66e9)
+    assert phases["resolve"].memory == pytest.approx(last_step_gb * 1e9, rel=0.1)
+    assert phases["resolve"].core_seconds == pytest.approx(minutes * 60, rel=0.1)
 
 
 def finish(directory: str, stage: str, kept: int, rejected: int) -> None:
