@@ -59,6 +59,11 @@ class Training:
     precision: str = "bf16"
     checkpoints: int = 2  # kept on disk
     needs_gpu: bool = False
+    spread: bool = False  # rows are dealt out to any number of workers (scoring), instead of a batch divided among them
+
+    def divides(self, data: int) -> bool:
+        """Whether a batch divides among so many groups of workers."""
+        return self.spread or self.batch % data == 0
 
 
 @dataclass(frozen=True)
@@ -113,7 +118,10 @@ def training_bytes(training: Training, layout: Layout, workers: int, activation_
 
 def usable_workers(training: Training, available: int, tensor: int) -> int:
     """The most workers, up to `available`, among whom a batch divides; 0 where there are none."""
-    data = next((n for n in range(min(available // tensor, training.batch), 0, -1) if training.batch % n == 0), 0)
+    most = available // tensor
+    if training.spread:
+        return most * tensor
+    data = next((n for n in range(min(most, training.batch), 0, -1) if training.divides(n)), 0)
     return data * tensor
 
 
@@ -185,8 +193,9 @@ def _on_gpus(training: Training, groups: list[NodeGroup], rates: Rates) -> Speed
     trained = training.model.parameters if training.trained is None else training.trained
     layout = layout_of(training)
     best: Speed | None = None
-    for data in range(1, min(available // layout.tensor, training.batch) + 1):
-        if training.batch % data:
+    most = available // layout.tensor
+    for data in range(1, (most if training.spread else min(most, training.batch)) + 1):
+        if not training.divides(data):
             continue
         workers = data * layout.tensor
         compute = training.flops / (workers * peak * mfu)
@@ -208,8 +217,8 @@ def _on_cpus(training: Training, group: NodeGroup, rates: Rates, cluster: Cluste
     per_node = group.cpus * group.core_speed * rates.train_flops[training.precision]
     trained = training.model.parameters if training.trained is None else training.trained
     best: Speed | None = None
-    for nodes in range(1, min(group.count, training.batch) + 1):
-        if training.batch % nodes:
+    for nodes in range(1, (group.count if training.spread else min(group.count, training.batch)) + 1):
+        if not training.divides(nodes):
             continue
         compute = training.flops / (nodes * per_node)
         exchange = training.steps * 2 * 4 * trained / (group.network_gbit * 1e9 / 8) if nodes > 1 else 0.0

@@ -202,8 +202,11 @@ def _lay_training(estimate: Estimate, training: Training, cluster: Cluster, rate
             warnings.append(Warned("model_too_large", name, {**facts, "fits": str(found[1][0]), "gpus": found[1][1]}))
         else:
             warnings.append(Warned("model_fits_nowhere", name, facts))
-    elif speed.on_gpu and speed.devices < speed.available:
-        warnings.append(Warned("idle_gpus", name, {"used": speed.devices, "available": speed.available, "batch": training.batch}))
+    elif speed.on_gpu and speed.devices < speed.available and not training.spread:
+        most = fit.usable_workers(training, speed.available, training.tensor)
+        code = "idle_gpus" if most == speed.devices else "network_leaves_out"
+        facts = {"used": speed.devices, "available": speed.available, "batch": training.batch}
+        warnings.append(Warned(code, name, facts))
     if speed.network_bound:
         warnings.append(Warned("network_bound", name, {}))
     moved = (estimate.read_bytes + estimate.written_bytes) / cluster.storage_bytes_s
@@ -300,7 +303,7 @@ def _common_workers(training: Sequence[StagePlan]) -> int:
 def _divides(each: StagePlan, workers: int) -> bool:
     training = each.estimate.training
     assert training is not None
-    return workers % training.tensor == 0 and training.batch % (workers // training.tensor) == 0
+    return workers % training.tensor == 0 and training.divides(workers // training.tensor)
 
 
 def _of_the_run(cluster: Cluster, peak: float, stages: Sequence[StagePlan]) -> list[Warned]:

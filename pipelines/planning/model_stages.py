@@ -125,16 +125,16 @@ def measured(name: str, stage: Any, walk: Walk) -> tuple[Estimate, Flow]:
         # a forward pass is a third of what training costs
         flops = sum(models.train_flops(model, tokens, stage.length) / 3 for model in found if model is not None)
         flops += sum(2 * model.active * decoded * _DECODED_AS for model in found if model is not None)
-        training = Training(largest, flops, 1, 8, stage.length, trained=0.0, precision="fp32")
+        training = Training(largest, flops, 1, 8, stage.length, trained=0.0, precision="fp32", spread=True)
         total = (tokens + decoded) * len(references)
         return base(name, stage, None, training=training, written_bytes=1e6, tokens=total), Flow()
     if stage.kind == "fisher":
         sequences = stage.sequences if walk.limit is None else min(stage.sequences, walk.limit)
         tokens = float(sequences * stage.max_length)
         flops = models.train_flops(largest, tokens, stage.max_length)
-        training = Training(largest, flops, 1, 8, stage.max_length, 1, precision=stage.precision)
+        training = Training(largest, flops, 1, 8, stage.max_length, 1, precision=stage.precision, spread=True)
         return base(name, stage, None, training=training, written_bytes=largest.parameters * 8, tokens=tokens), Flow()
-    training = Training(largest, 0.0, 1, 1, 1, trained=0.0)
+    training = Training(largest, 0.0, 1, 1, 1, trained=0.0, spread=True)
     return base(name, stage, None, training=training, written_bytes=largest.parameters * 4), Flow(model=largest, rows=0.0, text=0.0)
 
 

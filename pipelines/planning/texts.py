@@ -104,6 +104,12 @@ WARNINGS: dict[str, tuple[str, str]] = {
         "批大小 {batch} 只能分给 {available} 块 GPU 中的 {used} 块，用全部 GPU 运行会被拒绝："
         "请将批大小设为 GPU 数的倍数，或用 --train-workers {used}",
     ),
+    "network_leaves_out": (
+        "on more than {used} of {available} GPUs the exchange of gradients would cost more than it saves: a larger batch than "
+        "{batch}, a faster network, or --train-workers {used}",
+        "超过 {available} 块 GPU 中的 {used} 块后，梯度交换的开销大于收益：请使用大于 {batch} 的批次、更快的网络，"
+        "或 --train-workers {used}",
+    ),
     "network_bound": (
         "exchanging gradients takes longer than computing them: a larger batch or a faster network would help",
         "梯度交换慢于计算：增大批次或使用更快的网络会有帮助",

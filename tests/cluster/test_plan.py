@@ -136,6 +136,19 @@ def test_a_batch_that_does_not_divide_among_all_gpus_is_told_with_the_number_tha
     assert laid.train_workers == 6
 
 
+def test_scoring_is_dealt_out_to_all_gpus_whatever_a_batch_is() -> None:
+    small = dataclasses.replace(SEVEN, parameters=1e8, active=1e8)
+    laid = plan.plan([train_stage(model=small, batch=6, trained=0.0, spread=True)], nodes(gpus=8, gpu=A100), rates())
+    assert (codes(laid), laid.train_workers) == ([], 8)
+
+
+def test_a_slow_network_is_told_and_nodes_are_left_out() -> None:
+    cluster = nodes(4, gpus=8, gpu=A100, network_gbit=1, memory_gb=1000)
+    laid = plan.plan([train_stage(sharding="fsdp2", flops=1e18, batch=32)], cluster, rates())
+    assert codes(laid) == ["network_leaves_out"]
+    assert laid.train_workers == 8
+
+
 def test_an_engine_too_large_for_one_gpu_is_told_how_many_it_takes() -> None:
     big = dataclasses.replace(SEVEN, parameters=3.2e10, active=3.2e10, heads=64)
     each = Estimate("tasks", "generate", "generate", generation=Generation(big, 1e6, 1e6, 64, 4096))

@@ -14,6 +14,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cluster import storage
 from cluster.plan import Estimate
 from operators import shards, tables
 from operators.config import SettingsError
@@ -27,6 +28,7 @@ from pipelines.planning import data_stages, estimate, models, show, texts
 from pipelines.planning.flow import Flow, Walk
 from pipelines.planning.inputs import input_size
 from pipelines.recipe import Recipe, parse_recipe
+from tests.cluster.object_store import BUCKET, Line
 from train.model_shapes import read_shape
 
 RATES = show.load_rates(None)
@@ -184,6 +186,17 @@ def test_a_trial_is_planned_with_its_limit(tmp_path: Path) -> None:
     planned = estimated(recipe(**PACKED), tmp_path, limit=20)
     assert planned["pages"].rows_in == 20
     assert planned["base"].tokens == 20 * 8 * 512
+
+
+def test_inputs_and_runs_in_an_object_store_are_planned_like_local_ones(line: Line, tmp_path: Path) -> None:
+    root = f"s3://{BUCKET}/planning"
+    jsonl(tmp_path / "pages.jsonl.gz", 300)
+    storage.write_bytes(f"{root}/in/a.jsonl.gz", (tmp_path / "pages.jsonl.gz").read_bytes())
+    finish(f"{root}/runs/trial-limit-20/pages/other", "pages", 5, 15)
+    found = recipe(pages={"kind": "corpus", "read": {"path": f"{root}/in/*.jsonl.gz"}})
+    planned = estimate.estimates(found, f"{root}/runs", str(tmp_path), RATES)[0]
+    assert (planned.rows_in, planned.phases[0].units) == (300, 1)
+    assert planned.rows_out == pytest.approx(75)
 
 
 def test_every_kind_of_stage_has_an_estimate() -> None:
