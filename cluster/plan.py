@@ -266,6 +266,7 @@ def plan(estimates: Sequence[Estimate], cluster: Cluster, rates: Rates) -> Plan:
             continue
         if estimate.resource in started and laid.seconds is not None:  # its processes are warm
             seconds -= laid.overhead
+            seconds += rates.stage_s if estimate.resource == "cpu" and laid.overhead else 0.0
         elif laid.overhead:
             started.add(estimate.resource)
         begins = max([start, free.get(estimate.resource, start), *(ends.get(name, 0.0) for name in estimate.inputs)])

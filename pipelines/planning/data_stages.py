@@ -299,7 +299,7 @@ def pack(name: str, stage: Any, walk: Walk) -> tuple[Estimate, Flow]:
         stats = past[1].stats
         tokens = flow.rows * walk.measured("tokens_a_document", stats["tokens"] / stats["documents"])
     else:
-        per_byte = walk.assumed("tokens_a_byte", flow.tokens_per_byte(assume, native))
+        per_byte = walk.assumed("tokens_a_byte", flow.tokens_per_byte(assume, native, vocab))
         tokens = flow.text * per_byte * (1 - stage.holdout)
     windows = math.ceil(flow.rows / stage.window_documents)
     units = math.ceil(windows / max(1, math.ceil(windows / _PACK_UNITS)))

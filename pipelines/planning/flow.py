@@ -46,10 +46,13 @@ class Flow:
     def known(self) -> bool:
         return self.rows is not None and self.text is not None
 
-    def tokens_per_byte(self, assume: Assumptions, native: bool | None = None) -> float:
+    def tokens_per_byte(self, assume: Assumptions, native: bool | None = None, vocab: int | None = None) -> float:
+        """Of a tokenizer that was learnt from such text (`native`), then by its size, or of one made for English."""
         native = self.native if native is None else native
-        chinese = assume.tokens_per_byte_zh if native else assume.tokens_per_byte_zh_foreign
-        return self.chinese * chinese + (1 - self.chinese) * assume.tokens_per_byte_en
+        if not native:
+            return self.chinese * assume.tokens_per_byte_zh_foreign + (1 - self.chinese) * assume.tokens_per_byte_en
+        mixed = self.chinese * assume.tokens_per_byte_zh + (1 - self.chinese) * assume.tokens_per_byte_en
+        return float(mixed * (32_000 / (vocab or self.vocab or 32_000)) ** assume.vocabulary_exponent)
 
     def kept(self, rows: float, text: float | None = None) -> Flow:
         """The same with a share of the rows, and of the text (by default the same share)."""

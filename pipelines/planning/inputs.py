@@ -21,6 +21,7 @@ from operators.sources.units import ReadSettings, Unit, find_files, format_of, i
 _HEAD_BYTES = 1 << 20
 _SAMPLED_FILES = 4
 _SAMPLED_ROWS = 64
+_SMALL_UNIT_BYTES = 8 << 20  # read whole: files often begin with one language
 _FOOTERS = 256
 _HAN = re.compile(r"[\u3400-\u4dbf\u4e00-\u9fff\u3000-\u303f\uff00-\uffef]")
 
@@ -173,12 +174,13 @@ class _Sample:
 
 
 def _sample(units: Sequence[Unit], read: ReadSettings) -> _Sample | None:
-    """The first rows of a few units. PDF is left out: parsing it takes seconds a file."""
+    """The first rows of a few units, all of small ones. PDF is left out: parsing it takes seconds a file."""
     if not units or units[0].format == "pdf":
         return None
     found = _Sample()
     for index in np.unique(np.linspace(0, len(units) - 1, min(_SAMPLED_FILES, len(units))).astype(int)):
-        for batch in read_unit(units[index], read, stop_row=_SAMPLED_ROWS):
+        whole = units[index].size <= _SMALL_UNIT_BYTES and not is_compressed(units[index].path)
+        for batch in read_unit(units[index], read, stop_row=None if whole else _SAMPLED_ROWS):
             names = batch.table.column_names
             column = next((name for name in ("text", "content", "html") if name in names), None)
             if column is None:

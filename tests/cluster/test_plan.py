@@ -22,7 +22,7 @@ A100 = Gpu(name="A100 SXM", memory_gb=80, bf16_tflops=312, memory_gb_s=2039)
 
 def rates(**changed: object) -> Rates:
     known = yaml.safe_load(DEFAULT.read_text())
-    started = dict.fromkeys(("ray_start_s", "first_task_s", "train_start_s", "engine_start_s", "task_s"), 0.0)
+    started = dict.fromkeys(("ray_start_s", "first_task_s", "stage_s", "train_start_s", "engine_start_s", "task_s"), 0.0)
     return Rates.model_validate({**known, **started, **changed})
 
 
