@@ -39,7 +39,9 @@ class NodeGroup(_Described):
     cpus: int = Field(ge=1, description="cores of one node (not hyper-threads)")
     memory_gb: float = Field(gt=0, description="main memory of one node")
     disk_gb: float = Field(gt=0, description="free space on the node's own disk")
-    disk_mb_s: float = Field(default=500, gt=0, description="what that disk reads or writes a second")
+    disk_mb_s: float | None = Field(
+        default=None, gt=0, description="what that disk reads or writes a second. Default: that of the machine of the rates"
+    )
     network_gbit: float = Field(default=10, gt=0, description="the node's network")
     gpus: int = Field(default=0, ge=0, description="GPUs of one node")
     gpu: Gpu | None = Field(default=None, description="their kind; needed where `gpus` is above 0")
@@ -101,10 +103,9 @@ class Cluster(_Described):
             return self.storage.free_gb * 1e9
         return self.nodes[0].disk_gb * 1e9 if self.storage.kind == "local" else None
 
-    @property
-    def storage_bytes_s(self) -> float:
-        """What the storage of the runs carries a second, over all nodes."""
+    def storage_bytes_s(self, disk_mb_s: float) -> float:
+        """What the storage of the runs carries a second, over all nodes; `disk_mb_s` is that of a disk that is not described."""
         network = sum(group.count * group.network_gbit for group in self.nodes) * 1e9 / 8
         if self.storage.kind == "local":
-            return (self.storage.mb_s or self.nodes[0].disk_mb_s) * 1e6
+            return (self.storage.mb_s or self.nodes[0].disk_mb_s or disk_mb_s) * 1e6
         return network if self.storage.mb_s is None else min(network, self.storage.mb_s * 1e6)

@@ -161,7 +161,7 @@ def lay(estimate: Estimate, cluster: Cluster, rates: Rates) -> StagePlan:
             taken = phase.core_seconds / max(1.0, min(phase.units, cluster.cores))
         seconds = (seconds or 0.0) + taken
     moved = estimate.read_bytes + estimate.written_bytes + 2 * estimate.shuffled_bytes
-    seconds = max(seconds or 0.0, moved / cluster.storage_bytes_s)
+    seconds = max(seconds or 0.0, moved / cluster.storage_bytes_s(rates.disk_mb_s))
     busiest = max(estimate.phases, key=lambda phase: phase.core_seconds, default=None)
     if busiest is None:
         return StagePlan(estimate, 0, 0, 0, 0, 0, seconds, 0.0, None, tuple(warnings))
@@ -209,7 +209,7 @@ def _lay_training(estimate: Estimate, training: Training, cluster: Cluster, rate
         warnings.append(Warned(code, name, facts))
     if speed.network_bound:
         warnings.append(Warned("network_bound", name, {}))
-    moved = (estimate.read_bytes + estimate.written_bytes) / cluster.storage_bytes_s
+    moved = (estimate.read_bytes + estimate.written_bytes) / cluster.storage_bytes_s(rates.disk_mb_s)
     seconds = max(speed.seconds, moved) + rates.train_start_s if math.isfinite(speed.seconds) else None
     workers = speed.devices if speed.on_gpu else max(1, speed.devices // max(1, min(group.cpus for group in cluster.nodes)))
     cpus = 1.0 if speed.on_gpu else float(speed.devices) / workers

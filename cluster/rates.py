@@ -93,6 +93,11 @@ class Rates(_Described):
     task_s: float = Field(default=0.02, ge=0, description="seconds that a unit costs beside its work")
     assumptions: Assumptions = Field(default=Assumptions(), description="ratios that take the place of unseen data")
 
+    @property
+    def disk_mb_s(self) -> float:
+        """The slower of writing and reading."""
+        return min(self.disk_write_mb_s, self.disk_read_mb_s)
+
     def read_rate(self, format_: str) -> float:
         return self.read_mb_s.get(format_, self.read_mb_s["*"]) * 1e6
 

@@ -64,9 +64,10 @@ def input_size(read: ReadSettings, base_directory: str, limit: int | None) -> In
     formats: dict[str, float] = {}
     for kind, entries in by_format.items():
         size = float(sum(size for _, size in entries))
+        rows_here: float | None
+        text_here: float | None
         if kind == "parquet":
-            found = _parquet([path for path, _ in entries], read.text_column)
-            raw_here, rows_here, text_here = found
+            raw_here, rows_here, text_here = _parquet([path for path, _ in entries], read.text_column)
         else:
             ratio, each = _heads(entries, kind)
             raw_here, rows_here, text_here = size * ratio, None if each is None else size * ratio * each, None

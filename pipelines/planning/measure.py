@@ -226,7 +226,8 @@ def _steps(device: str, precision: str, seconds: float) -> float:
     layers, hidden, heads, length, rows = _SHAPES[device]
     shape = ModelShape(layers=layers, hidden=hidden, heads=heads)
     torch.manual_seed(0)
-    network = models.create(models.configuration(shape, _VOCAB, length, 0, 0), 0).to(device)
+    network = models.create(models.configuration(shape, _VOCAB, length, 0, 0), 0)
+    torch.nn.Module.to(network, torch.device(device))
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-4, fused=True)
     ids = torch.randint(4, _VOCAB, (rows, length), device=device)
     targets = torch.cat([ids[:, 1:], torch.full((rows, 1), IGNORE, device=device)], 1)
