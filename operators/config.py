@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import pydantic
 
-S = TypeVar("S", bound="Settings")
+S = TypeVar("S", bound=pydantic.BaseModel)
 C = TypeVar("C")
 
 

@@ -69,6 +69,26 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument("--strict", action="store_true", help="exit code 1 when there is a finding")
     check.set_defaults(run=_check)
 
+    plan = commands.add_parser("plan", help="tell what a recipe would need and take on a cluster", description=_plan.__doc__)
+    plan.add_argument("recipe", metavar="RECIPE", help="path of a recipe (YAML)")
+    plan.add_argument(
+        "--cluster", default="laptop", metavar="SPEC",
+        help="laptop, 4xl20, 8xa100, 8xh100, 64cpu, or a YAML file that describes one (default: laptop)",
+    )  # fmt: skip
+    plan.add_argument("--rates", metavar="FILE", help="rates of your machine, as `danlu rates` writes them (default: those along)")
+    plan.add_argument("--runs", default="runs", metavar="DIR", help="folder or URI that holds the runs (default: runs)")
+    plan.add_argument("--limit", type=_positive, metavar="N", help="plan a trial run with this limit")
+    plan.add_argument("--lang", choices=["en", "zh"], help="language of the table and the warnings (default: the locale's)")
+    plan.add_argument("--json", action="store_true", help="print the plan as JSON")
+    plan.add_argument("--strict", action="store_true", help="exit code 1 when there is a warning")
+    plan.set_defaults(run=_plan)
+
+    rates = commands.add_parser("rates", help="measure this machine for `danlu plan`", description=_rates.__doc__)
+    rates.add_argument("--out", default="rates.yaml", metavar="FILE", help="file or URI to write (default: rates.yaml)")
+    rates.add_argument("--disk", default=".", metavar="DIR", help="folder on the disk to be measured (default: this one)")
+    rates.add_argument("--seconds", type=_positive, default=60, metavar="N", help="take about so long (default: 60)")
+    rates.set_defaults(run=_rates)
+
     diagnose = commands.add_parser("diagnose", help="measure the symptoms of a model made worse", description=_diagnose.__doc__)
     diagnose.add_argument("directory", metavar="RUN", help="a run's directory, e.g. runs/quickstart")
     diagnose.add_argument("--stage", metavar="NAME", help="a stage that made a model (default: the last one that did)")
@@ -315,8 +335,7 @@ def _check(parsed: argparse.Namespace) -> int:
         preflight(node, os.getcwd())
     workers = parsed.train_workers or parsed.workers
     findings = rules.run(Evidence(recipe, {node.name: node for node in nodes}, os.getcwd(), workers))
-    locale = os.environ.get("LC_ALL") or os.environ.get("LANG", "")
-    language: Literal["en", "zh"] = parsed.lang or ("zh" if locale.startswith("zh") else "en")
+    language = _language(parsed.lang)
     if parsed.json:
         print(json.dumps([finding.as_json(language) for finding in findings], ensure_ascii=False, indent=1))
         return 1 if parsed.strict and findings else 0
@@ -354,6 +373,45 @@ def _diagnose(parsed: argparse.Namespace) -> int:
         _OUT.print(summary(found, language), markup=False)
         _OUT.print(report, markup=False)
     return 1 if parsed.strict and any(symptom.verdict == "bad" for symptom in symptoms) else 0
+
+
+def _plan(parsed: argparse.Namespace) -> int:
+    """Plan before running: for every stage the units, CPU, GPU and memory of a task, bytes exchanged, disk, tokens and time on a
+    cluster, from rates measured on one core, and what will not fit there."""
+    import json
+
+    from pipelines.planning import show
+    from pipelines.recipe import load_recipe
+
+    recipe, _ = load_recipe(parsed.recipe)
+    cluster, rates = show.load_cluster(parsed.cluster), show.load_rates(parsed.rates)
+    laid = show.make_plan(recipe, parsed.runs, os.getcwd(), cluster, rates, parsed.limit)
+    language = _language(parsed.lang)
+    if parsed.json:
+        _OUT.print(json.dumps(show.as_json(laid, rates, language), ensure_ascii=False), markup=False)
+    else:
+        for piece in show.pieces(laid, rates, parsed.rates is None, language):
+            _OUT.print(piece)
+    warned = bool(laid.warnings) or any(stage.warnings for stage in laid.stages)
+    return 1 if parsed.strict and warned else 0
+
+
+def _rates(parsed: argparse.Namespace) -> int:
+    """Measure what a core, the disk and a GPU of this machine do in a second, and write the file that `danlu plan` reads."""
+    from pipelines.planning.measure import measure
+    from pipelines.planning.show import write_rates
+
+    command, disk = shlex.join(["danlu", *sys.argv[1:]]), storage.absolute(parsed.disk, os.getcwd())
+    found = measure(parsed.seconds, disk, command, lambda line: _ERR.print(line, markup=False))
+    write_rates(found, storage.absolute(parsed.out, os.getcwd()))
+    _OUT.print(parsed.out, markup=False)
+    return 0
+
+
+def _language(asked: Literal["en", "zh"] | None) -> Literal["en", "zh"]:
+    """The language asked for, else the locale's."""
+    locale = os.environ.get("LC_ALL") or os.environ.get("LANG", "")
+    return asked or ("zh" if locale.startswith("zh") else "en")
 
 
 def _ops(parsed: argparse.Namespace) -> int:

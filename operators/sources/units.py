@@ -171,13 +171,14 @@ def file_identities(patterns: str | Sequence[str], base_directory: str) -> list[
     return list(_identities(find_files(entries, base_directory, "any")))
 
 
-def plan_units(read: ReadSettings, base_directory: str, limit_rows: int | None = None) -> list[Unit]:
+def plan_units(read: ReadSettings, base_directory: str, limit_rows: int | None = None, keyed: bool = True) -> list[Unit]:
     """Cut the input into units, in a fixed order.
 
-    With `limit_rows` the plan ends where that many rows (readable or not) have been planned.
+    With `limit_rows` the plan ends where that many rows (readable or not) have been planned. Without `keyed` no file's
+    content is looked at for identity and units have no key, which is enough to count them.
     Raises FileNotFoundError when a pattern matches nothing and SettingsError when a Parquet file lacks a named column.
     """
-    planned = (dataclasses.replace(unit, index=index) for index, unit in enumerate(_plan(read, base_directory)))
+    planned = (dataclasses.replace(unit, index=index) for index, unit in enumerate(_plan(read, base_directory, keyed)))
     if limit_rows is None:
         return list(planned)
     units: list[Unit] = []
@@ -193,12 +194,12 @@ def plan_units(read: ReadSettings, base_directory: str, limit_rows: int | None =
     return units
 
 
-def _plan(read: ReadSettings, base_directory: str) -> Iterator[Unit]:
+def _plan(read: ReadSettings, base_directory: str, keyed: bool = True) -> Iterator[Unit]:
     """All units, numbered later."""
 
     def make(file: InputFile, kind: str, cut: tuple[int, int, int], identity: Any, files: Sequence[InputFile] = ()) -> Unit:
         start, stop, size = cut
-        key = content_hash({"start": start, "stop": stop, "format": kind, "file": identity})
+        key = content_hash({"start": start, "stop": stop, "format": kind, "file": identity}) if keyed else ""
         return Unit(0, file.path, file.relative, kind, start, stop, size, key, tuple((item.path, item.relative) for item in files))
 
     def together(files: list[InputFile]) -> Unit:
@@ -208,7 +209,7 @@ def _plan(read: ReadSettings, base_directory: str) -> Iterator[Unit]:
 
     small: list[InputFile] = []  # whole files as documents: many make a unit
     found = find_files(read.patterns(), base_directory, read.format, read.split)
-    identities = dict(zip(found, _identities(found), strict=True))
+    identities: dict[InputFile, Any] = dict(zip(found, _identities(found), strict=True)) if keyed else dict.fromkeys(found)
     for file in found:
         kind = format_of(file.relative, read)
         one_document = kind in WHOLE_FILES or (kind == "text" and read.one_document_per == "file")
