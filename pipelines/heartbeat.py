@@ -17,6 +17,7 @@ from typing import Any
 
 from cluster import storage
 from pipelines.journal import Journal, Level, redacted
+from pipelines.progress import begins_anew
 
 NAME = "status.json"
 LOCAL_S, REMOTE_S = 2.0, 15.0
@@ -87,8 +88,9 @@ class Heartbeat:
         """How far a stage is; `first` is where it was when it began in this run, for the pace."""
         with self._lock:
             entry = self._stages.setdefault(stage, {"failures": 0, "retried": 0, "set_aside": 0})
+            before = (entry.get("done", 0), entry.get("total", 0))
             entry.update(done=done, total=total, note=note, seen=time.time())
-            if not entry.get("first"):
+            if not entry.get("first") or begins_anew(before, (done, total)):
                 entry["first"] = [entry["seen"], done]
 
     def event(self, stage: str, message: str, facts: dict[str, Any]) -> None:

@@ -12,20 +12,34 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 _LINE_EVERY_S = 15.0
 
 
+def clock(seconds: float | None) -> str:
+    """`3:20`, `48:36 h`, nothing for None."""
+    if seconds is None:
+        return ""
+    whole = round(seconds)
+    return f"{whole // 60}:{whole % 60:02d}" if whole < 3600 else f"{whole // 3600}:{whole // 60 % 60:02d} h"
+
+
+def begins_anew(before: tuple[int, int], now: tuple[int, int]) -> bool:
+    """True when (done, total) counts something else than before: a stage that scores rows, then takes steps, has two paces."""
+    return now[0] < before[0] or (before[0] >= before[1] and now[1] != before[1])
+
+
 class _Pace:
     """How long a stage will still take at its pace since it was first seen (what was resumed says nothing about that)."""
 
-    def __init__(self, done: int) -> None:
-        self._since, self._first = time.monotonic(), done
+    def __init__(self, done: int, total: int) -> None:
+        self._since, self._first, self._last = time.monotonic(), done, (done, total)
 
     def left(self, done: int, total: int) -> str:
         """`about 3:20 left`, nothing while nobody can tell."""
+        if begins_anew(self._last, (done, total)):
+            self._since, self._first = time.monotonic(), done
+        self._last = (done, total)
         elapsed = time.monotonic() - self._since
         if done <= self._first or elapsed < 1 or done >= total:
             return ""
-        seconds = round(elapsed * (total - done) / (done - self._first))
-        clock = f"{seconds // 60}:{seconds % 60:02d}" if seconds < 3600 else f"{seconds // 3600}:{seconds // 60 % 60:02d} h"
-        return f"about {clock} left"
+        return f"about {clock(elapsed * (total - done) / (done - self._first))} left"
 
 
 class Display:
@@ -75,7 +89,7 @@ class Display:
         """How far a stage is; on a terminal a bar, elsewhere a line every 15 seconds at most."""
         with self._lock:
             if name not in self._paces:
-                self._paces[name] = _Pace(done)
+                self._paces[name] = _Pace(done, total)
             left = self._paces[name].left(done, total)
             if self._bars is not None:
                 if name not in self._tasks:

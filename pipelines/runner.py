@@ -223,10 +223,10 @@ class Run:
         )
 
     def _run_stage(self, node: Node) -> None:
-        self.display.stage(node.name, "started")
-        self._heart.started(node.name)
         message = ""
-        try:
+        try:  # everything, or a terminal that went away would leave the schedule waiting for this stage
+            self.display.stage(node.name, "started")
+            self._heart.started(node.name)
             storage.make_directory(node.directory)
             node.stage.run(self._context(node))
             if not storage.exists(storage.join(node.directory, "manifest.json")):

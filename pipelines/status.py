@@ -23,6 +23,7 @@ from operators import shards
 from operators.ledger import Ledger
 from pipelines import heartbeat
 from pipelines.holder import Holder, look
+from pipelines.progress import clock
 
 _UNIT = re.compile(r"^\d+\.json$")
 _READERS = 16  # unit records that are fetched beside each other
@@ -180,14 +181,6 @@ def _left(told: dict[str, Any]) -> float | None:
         return None
     elapsed = float(told["seen"]) - float(first[0])
     return elapsed * (total - done) / (done - first[1]) if elapsed > 0 else None
-
-
-def clock(seconds: float | None) -> str:
-    """`3:20`, `48:36 h`, nothing for None."""
-    if seconds is None:
-        return ""
-    whole = round(seconds)
-    return f"{whole // 60}:{whole % 60:02d}" if whole < 3600 else f"{whole // 3600}:{whole // 60 % 60:02d} h"
 
 
 def headline(status: RunStatus) -> str:

@@ -19,8 +19,9 @@ from operators.config import SettingsError
 from pipelines import heartbeat, holder, journal
 from pipelines.cli import main
 from pipelines.heartbeat import Heartbeat
+from pipelines.progress import clock
 from pipelines.runner import hold
-from pipelines.status import Watch, clock
+from pipelines.status import Watch
 from tests.cluster.object_store import BUCKET, Line
 from tests.conftest import ROOT
 from tests.pipelines.test_clean import make_run, make_stage
