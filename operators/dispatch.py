@@ -1,7 +1,7 @@
-"""Work units on Ray Data: one `map_batches` call over a pool of tasks, one small row back for each unit.
+"""Work units of rows: Ray tasks (operators/tasks.py), each of which hands its unit to a supervised child of its process.
 
-Text never enters the object store: a child process reads a unit, works and commits it (operators/supervise.py). Ray Data
-brings scheduling and retries after a node is lost; a unit that is run twice commits once.
+Text never enters the object store: the child reads a unit, works and commits it (operators/supervise.py). A unit that is run
+twice commits once.
 
 Tasks, not an actor pool: Ray keeps the processes of finished tasks, so their supervised children serve stage after stage.
 An actor pool starts a process and a child for each worker of each stage, which took longer than the work of a small one.
@@ -9,23 +9,16 @@ An actor pool starts a process and a child for each worker of each stage, which 
 
 from __future__ import annotations
 
-import json
-import logging
 import os
 import sys
 import threading
 import time
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-import ray
-import ray.data
-
-from cluster.placement import placement
 from operators.stage import StageContext
 from operators.supervise import Limits, Supervisor
+from operators.tasks import run_tasks
 
 _IDLE_S = 30.0
 """A child that had no unit for this long is ended: it may hold models of hundreds of megabytes."""
@@ -81,23 +74,13 @@ def _trouble(supervisor: Supervisor, unit: Any) -> dict[str, Any]:
         "attempts": len(supervisor.failed) + 1,
         "failed": supervisor.failed[:_TOLD],
         "set_aside": len(supervisor.set_aside),
-        "rows": dict(sorted(supervisor.set_aside.items())[:_TOLD]),
+        "rows": {str(row): how for row, how in sorted(supervisor.set_aside.items())[:_TOLD]},
     }
 
 
-@dataclass(frozen=True)
-class _RunUnit:
-    """What a task does: hand its unit to a supervised child of its process."""
-
-    target: str
-    limits: Limits
-
-    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        done = [_KEPT.run(self.target, self.limits, json.loads(item)) for item in batch["unit"]]
-        return {
-            "result": np.array([json.dumps(result) for result, _ in done], dtype=object),
-            "trouble": np.array([json.dumps(trouble) for _, trouble in done], dtype=object),
-        }
+def _run_unit(target: str, limits: Limits, unit: dict[str, Any]) -> dict[str, Any]:
+    """What a task does: hand its unit to a supervised child of its process. What went wrong on the way comes back."""
+    return _KEPT.run(target, limits, unit)[1]
 
 
 def run_units(
@@ -118,28 +101,12 @@ def run_units(
     """
     total = already + len(units)
     context.progress(already, total, note)
-    if not units:
-        return
-    ray.data.DataContext.get_current().enable_progress_bars = False
-    logging.getLogger("ray.data").setLevel(logging.ERROR)  # one line per executor and stage: the runner tells progress
-    blocks = ray.data.from_items([{"unit": json.dumps(unit)} for unit in units], override_num_blocks=len(units))
-    # Ray ends the process of every GPU task by default; here the child holds the GPU, and is ended when idle.
-    options: dict[str, Any] = {"num_gpus": num_gpus, "max_calls": 0} if num_gpus else {}
-    if where := placement("generate" if num_gpus else "cpu"):
-        options["resources"] = where
-    run_unit: Any = _RunUnit(target, limits).__call__
-    done = blocks.map_batches(
-        run_unit,
-        batch_size=1,
-        compute=ray.data.TaskPoolStrategy(size=max(1, min(context.workers, len(units)))),
-        num_cpus=num_cpus,
-        batch_format="numpy",
-        **options,
-    )
+    jobs = ((target, limits, unit) for unit in units)
     finished = already
-    for batch in done.iter_batches(batch_size=1, batch_format="numpy", prefetch_batches=0):
+    name = target.partition(":")[2]
+    options = {"num_cpus": num_cpus, "num_gpus": num_gpus, "deadline_s": limits.deadline_s}
+    for _, trouble in run_tasks(context, _run_unit, jobs, name=name, **options):
         finished += 1
-        if trouble := json.loads(batch["trouble"][0]):
+        if trouble:
             context.event("unit retried", trouble)
         context.progress(finished, total, note)
-        context.check_cancelled()

@@ -12,10 +12,10 @@ from typing import Any, NamedTuple, Protocol
 
 import ray
 
-from cluster.placement import placement
 from operators import shards
 from operators.dedup import exchange
 from operators.stage import StageContext
+from operators.tasks import run_tasks
 
 _IN_FLIGHT = 2  # tasks handed out for each worker, so that none waits for the driver
 
@@ -60,36 +60,18 @@ def _run_phase(context: StageContext, plan: Plan, phase: Phase, done: int, total
     name, function, count, of_parts = phase
     finished = exchange.committed(plan.directory, name)
     missing = [number for number in range(count) if number not in finished]
-    context.progress(done + count - len(missing), total, "units")
+    completed = done + count - len(missing)
+    context.progress(completed, total, "units")
     if not missing:
         return
-    task = ray.remote(function).options(
-        num_cpus=1, resources=placement("cpu"), max_retries=5, scheduling_strategy="SPREAD", name=f"{context.stage}:{name}"
-    )
+
+    def describe(job: int) -> str:
+        where = plan.parts[missing[job]].path if of_parts else missing[job]
+        return f"{context.kind} stage {context.stage}: {name} of {where}"
+
     shared = ray.put(plan)
-    running: dict[Any, int] = {}
-    left = iter(missing)
-    completed = count - len(missing)
-    try:
-        while True:
-            context.check_cancelled()
-            while len(running) < _IN_FLIGHT * max(1, context.workers):
-                number = next(left, None)
-                if number is None:
-                    break
-                running[task.remote(shared, number)] = number
-            if not running:
-                return
-            ready, _ = ray.wait(list(running), num_returns=1, timeout=1.0)
-            for reference in ready:
-                number = running.pop(reference)
-                try:
-                    ray.get(reference)
-                except ray.exceptions.RayTaskError as error:
-                    where = plan.parts[number].path if of_parts else number
-                    raise RuntimeError(f"{context.kind} stage {context.stage}: {name} of {where} failed: {error.cause}") from error
-                completed += 1
-                context.progress(done + completed, total, "units")
-    finally:
-        for reference in running:
-            ray.cancel(reference)
+    jobs = ((shared, number) for number in missing)
+    in_flight = _IN_FLIGHT * max(1, context.workers)
+    for _ in run_tasks(context, function, jobs, in_flight=in_flight, name=name, describe=describe):
+        completed += 1
+        context.progress(completed, total, "units")

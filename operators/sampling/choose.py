@@ -27,7 +27,7 @@ from operators.sampling.radix import Search, digits, select
 from operators.sampling.raking import SharesError, rake
 from operators.shards import Part
 from operators.stage import StageContext
-from operators.tokens.tasks import run_tasks
+from operators.tasks import run_tasks
 
 REMOVED = pa.schema(
     [
@@ -86,7 +86,7 @@ class Chooser:
             if unit not in self._records
         ]
         self._progress(len(self._records))
-        for _, record in run_tasks(write_keys, jobs, self.context.workers, self.context.check_cancelled):
+        for _, record in run_tasks(self.context, write_keys, jobs):
             self._records[record["unit"]] = record
             self._progress(len(self._records))
         totals: dict[str, Any] = {}
@@ -108,7 +108,7 @@ class Chooser:
         jobs = [
             (self._scratch, record, self._numbers(record), shared) for _, record in sorted(self._records.items()) if record["parts"]
         ]
-        for _, found in run_tasks(_digits, jobs, self.context.workers, self.context.check_cancelled):
+        for _, found in run_tasks(self.context, _digits, jobs):
             yield found
 
     def _numbers(self, record: dict[str, Any]) -> np.ndarray:
@@ -133,7 +133,7 @@ class Chooser:
             )
             for unit, (source, part) in enumerate(self.parts)
         ]
-        for index, entry in run_tasks(_write, jobs, self.context.workers, self.context.check_cancelled):
+        for index, entry in run_tasks(self.context, _write, jobs):
             entries[index] = entry
             self._progress(2 * len(self.parts) + len(entries))
         view, created, rejected = [], 0, 0
@@ -175,7 +175,7 @@ class Chooser:
             for unit, (source, part) in enumerate(self.parts)
         ]
         found: dict[str, Any] = {}
-        for _, entry in run_tasks(_describe, jobs, self.context.workers, self.context.check_cancelled):
+        for _, entry in run_tasks(self.context, _describe, jobs):
             merge_stats(found, entry)
         return found
 
@@ -190,7 +190,6 @@ def _rows(scratch: str, record: dict[str, Any], numbers: np.ndarray) -> Iterator
         yield row, numbers[group], key, size
 
 
-@ray.remote(num_cpus=1)
 def _describe(part: Part, source: str, scratch: str, record: dict[str, Any], numbers: np.ndarray, choice: Choice) -> dict[str, Any]:
     """The counts of one part's rows by what the card lists (see describe)."""
     times, sizes = np.zeros(part.rows, np.int64), np.zeros(part.rows, np.int64)
@@ -201,7 +200,6 @@ def _describe(part: Part, source: str, scratch: str, record: dict[str, Any], num
     return describe(part, source, times, sizes)
 
 
-@ray.remote(num_cpus=1)
 def _digits(scratch: str, record: dict[str, Any], numbers: np.ndarray, search: Search) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     found = [digits(search, group, key, size) for _, group, key, size in _rows(scratch, record, numbers)]
     cells, size, count = (np.concatenate(column) for column in zip(*found, strict=True))
@@ -212,7 +210,6 @@ def _digits(scratch: str, record: dict[str, Any], numbers: np.ndarray, search: S
     return unique, totals[0], totals[1]
 
 
-@ray.remote(num_cpus=1)
 def _write(
     directory: str, unit: int, part: Part, scratch: str, record: dict[str, Any], numbers: np.ndarray,
     choice: Choice, source: str, order: Order,

@@ -15,7 +15,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-import ray
 
 from cluster import storage
 from operators import shards
@@ -103,7 +102,6 @@ def batches(part: Part, source: str, order: Order, encoder: Encoder | None) -> I
         yield pa.table(table), scores
 
 
-@ray.remote(num_cpus=1)
 def write_keys(directory: str, unit: int, part: Part, source: str, order: Order, tokenizer: bytes | None) -> dict[str, Any]:
     """The keys of one part as a committed unit; its statistics hold documents and size of each group."""
     single_threaded()

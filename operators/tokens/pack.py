@@ -27,11 +27,11 @@ from operators import shards, tables
 from operators.ledger import Equation, Ledger, merge_stats
 from operators.shards import UnitWriter
 from operators.stage import StageContext
+from operators.tasks import run_tasks
 from operators.tokens import twin
 from operators.tokens.encode import Encoder, TokenizerFiles, single_threaded
 from operators.tokens.holdout import is_held_out
 from operators.tokens.layout import Layout, Method, place
-from operators.tokens.tasks import run_tasks
 from operators.tokens.window import Span, read_span, spans
 
 _MOST_WINDOW_TOKENS = 1 << 24  # a window of huge documents is packed early: 64 MiB of ids
@@ -268,7 +268,6 @@ def _encoder(model: bytes) -> Encoder:
     return Encoder(model)
 
 
-@ray.remote(num_cpus=1)
 def _pack_unit(directory: str, unit: int, span: Span, model: bytes, settings: PackSettings) -> dict[str, Any]:
     single_threaded()
     writer = UnitWriter(directory, unit)
@@ -276,7 +275,6 @@ def _pack_unit(directory: str, unit: int, span: Span, model: bytes, settings: Pa
     return writer.commit(ledger, stats)
 
 
-@ray.remote(num_cpus=1)
 def _number_unit(source: str, directory: str, record: dict[str, Any], first_sequence: int) -> dict[str, Any]:
     writer = UnitWriter(directory, record["unit"])
     for kind, write in (("parts", writer.write), ("rejects", writer.reject)):
@@ -330,7 +328,7 @@ def pack_stage(
         model = ray.put(tokenizer.model)
         packed = shards.committed_units(scratch)
         jobs = [(scratch, unit, span, model, settings) for unit, span in enumerate(units) if unit not in packed]
-        for _, record in run_tasks(_pack_unit, jobs, context.workers, context.check_cancelled):
+        for _, record in run_tasks(context, _pack_unit, jobs):
             packed[record["unit"]] = record
             context.progress(len(packed), total, "units")
         first_sequence, numbering = 0, []
@@ -338,7 +336,7 @@ def pack_stage(
             if unit not in done:
                 numbering.append((scratch, directory, packed[unit], first_sequence))
             first_sequence += packed[unit]["stats"]["sequences"]
-        for _, record in run_tasks(_number_unit, numbering, context.workers, context.check_cancelled):
+        for _, record in run_tasks(context, _number_unit, numbering):
             done[record["unit"]] = record
             context.progress(len(units) + len(done), total, "units")
 

@@ -16,15 +16,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-import ray
 
 from cluster import storage
 from operators import shards
 from operators.ledger import Ledger
 from operators.shards import Part, UnitWriter
 from operators.stage import StageContext
+from operators.tasks import run_tasks
 from operators.tokens.hashing import hash_strings
-from operators.tokens.tasks import groups, run_tasks
 
 BINS = 65 * 256
 _SALT = 0x73_61_6D_70_6C_65_00_00  # "sample"
@@ -64,7 +63,7 @@ def limit_for(histogram: np.ndarray, wanted_bytes: int) -> int:
 def draw(context: StageContext, parts: Sequence[Part], wanted_bytes: int, document_characters: int) -> Sample:
     """Draw the sample into `.scratch` of the stage's directory, part groups as Ray tasks; a crash repeats only open groups."""
     scan, copy = (storage.join(context.directory, ".scratch", name) for name in ("scan", "sample"))
-    spans = groups([part.kept_rows for part in parts], _GROUP_ROWS)
+    spans = _groups([part.kept_rows for part in parts], _GROUP_ROWS)
     total = 2 * len(spans)
 
     def run(function: Any, directory: str, jobs: list[tuple[Any, ...]], done: int) -> dict[int, dict[str, Any]]:
@@ -72,7 +71,7 @@ def draw(context: StageContext, parts: Sequence[Part], wanted_bytes: int, docume
         for record in [job for job in jobs if job[1] in committed]:
             jobs.remove(record)
         context.progress(done := done + len(committed), total, "units")
-        for _, record in run_tasks(function, jobs, context.workers, context.check_cancelled):
+        for _, record in run_tasks(context, function, jobs):
             committed[record["unit"]] = record
             context.progress(done := done + 1, total, "units")
         return committed
@@ -121,7 +120,6 @@ def _rows(part: Part, seed: int, document_characters: int) -> Iterator[tuple[np.
         yield hash_bins(batch["id"], seed), text, lang
 
 
-@ray.remote(num_cpus=1)
 def _scan(directory: str, unit: int, parts: list[Part], seed: int, document_characters: int) -> dict[str, Any]:
     documents, size = np.zeros(BINS, np.int64), np.zeros(BINS, np.int64)
     for part in parts:
@@ -134,7 +132,6 @@ def _scan(directory: str, unit: int, parts: list[Part], seed: int, document_char
     return writer.commit(Ledger(created=len(used), kept=len(used)))
 
 
-@ray.remote(num_cpus=1)
 def _copy(directory: str, unit: int, parts: list[Part], seed: int, document_characters: int, limit: int) -> dict[str, Any]:
     writer, rows = UnitWriter(directory, unit), 0
     for part in parts:
@@ -145,3 +142,17 @@ def _copy(directory: str, unit: int, parts: list[Part], seed: int, document_char
                 writer.write(pa.table([text.filter(mask), lang.filter(mask), bins[chosen]], schema=SAMPLE))
                 rows += int(chosen.sum())
     return writer.commit(Ledger(rows_in=rows, kept=rows))
+
+
+def _groups(rows: Sequence[int], least_rows: int, most_groups: int = 4096) -> list[tuple[int, int]]:
+    """Cut a list of parts into runs [first, last) of at least `least_rows` rows, and at most about `most_groups` of them."""
+    target = max(least_rows, -(-sum(rows) // most_groups), 1)
+    found, first, total = [], 0, 0
+    for index, count in enumerate(rows):
+        total += count
+        if total >= target:
+            found.append((first, index + 1))
+            first, total = index + 1, 0
+    if first < len(rows):
+        found.append((first, len(rows)))
+    return found

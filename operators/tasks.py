@@ -1,0 +1,253 @@
+"""Work units as plain Ray tasks: a bounded number at a time, one small result each, whatever happens to workers and nodes.
+
+A task that a lost worker or node takes with it is handed out again, here and not by Ray, so that each such loss is counted and
+told, and a unit that keeps ending its workers ends the stage instead of going on for ever. At the end of a stage, when
+nothing waits any more, a unit that takes far longer than the others is given to a second node as well: a node that is slow,
+hangs or is cut off delays a stage by no more than that. Units commit by content, so it does not matter which copy ends first.
+
+Plain tasks rather than a Ray Data pipeline: see docs/scale.md for what both cost a unit.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+import uuid
+from collections import Counter, OrderedDict, deque
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import ray
+from ray import exceptions
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from cluster.placement import placement
+from operators.stage import StageContext
+
+DEADLINE_S = 600.0
+"""A unit that takes longer, while nothing else waits, is given to a second node; sooner where the others were much faster."""
+
+_SLOW = 4.0  # times the median of the units before
+_LEAST_SLOW_S = 10.0
+_LOOK_S = 2.0  # between two looks for such units
+_COPIES = 2
+_CRASHES = 5  # of a worker process, with one unit; more means that the unit is to blame, not a machine
+_LOSSES = 20  # of nodes, and of the memory of a node, with one unit
+_PLACES = 1 << 16
+
+_NODE_LOST = (
+    exceptions.NodeDiedError, exceptions.ObjectLostError, exceptions.OwnerDiedError, exceptions.TaskUnschedulableError,
+)  # fmt: skip
+_LOST = (exceptions.WorkerCrashedError, exceptions.OutOfMemoryError, *_NODE_LOST)
+
+
+class UnitLost(RuntimeError):
+    """A unit whose tasks ended too often without a result; the message says how."""
+
+
+@ray.remote(num_cpus=0, max_restarts=-1)
+class _Whereabouts:
+    """On which node the newest tasks began. Advice for where not to put a second copy; nothing depends on it."""
+
+    def __init__(self) -> None:
+        self._nodes: OrderedDict[tuple[str, int], str] = OrderedDict()
+
+    def tell(self, stage: str, index: int, node: str) -> None:
+        self._nodes[stage, index] = node
+        if len(self._nodes) > _PLACES:
+            self._nodes.popitem(last=False)
+
+    def where(self, stage: str, indices: list[int]) -> list[str | None]:
+        return [self._nodes.get((stage, index)) for index in indices]
+
+
+@ray.remote
+def _run(function: Callable[..., Any], whereabouts: Any, stage: str, index: int, *arguments: Any) -> tuple[str, Any]:
+    node = ray.get_runtime_context().get_node_id()
+    if whereabouts is not None:
+        whereabouts.tell.remote(stage, index, node)
+    return node, function(*arguments)
+
+
+@dataclass
+class _Unit:
+    """A unit that is out: its arguments, the tasks that do it, when it was handed out first, and the losses so far."""
+
+    arguments: tuple[Any, ...]
+    began: float = 0.0
+    tasks: list[Any] = field(default_factory=list)
+    copies: set[str] = field(default_factory=set)
+    crashes: int = 0
+    losses: int = 0
+
+
+def run_tasks(
+    context: StageContext,
+    function: Callable[..., Any],
+    jobs: Iterable[tuple[Any, ...]],
+    *,
+    in_flight: int | None = None,
+    deadline_s: float = DEADLINE_S,
+    num_cpus: float = 1,
+    num_gpus: float = 0,
+    name: str = "",
+    describe: Callable[[int], str] | None = None,
+) -> Iterator[tuple[int, Any]]:
+    """Call `function` with each job's arguments; yields (index of the job, result) in order of completion.
+
+    `jobs` is taken as tasks are handed out, `in_flight` at a time (default: the stage's workers). The driver holds those alone.
+
+    Raises what Ray raises for an error of the function (`RayTaskError`; `.cause` is the error itself), or RuntimeError from it
+    that says `describe(index) failed`, where that is given; UnitLost, and Cancelled. Tasks in flight are cancelled then, and
+    when the caller stops; what they had committed stays.
+    """
+    # Ray ends the process of every GPU task by default; here a child may hold the GPU, and is ended when idle.
+    gpu: dict[str, Any] = {"num_gpus": num_gpus, "max_calls": 0} if num_gpus else {}
+    options = {
+        "num_cpus": num_cpus, "resources": placement("generate" if num_gpus else "cpu"), "max_retries": 0,
+        "scheduling_strategy": "SPREAD", "name": f"{context.stage}:{name or function.__name__.strip('_')}", **gpu,
+    }  # fmt: skip
+    flight = _Flight(context, function, iter(enumerate(jobs)), max(1, in_flight or context.workers), deadline_s, options, describe)
+    try:
+        yield from flight.results()
+    finally:
+        flight.cancel()
+
+
+class _Flight:
+    def __init__(
+        self, context: StageContext, function: Callable[..., Any], jobs: Iterator[tuple[int, tuple[Any, ...]]], most: int,
+        deadline_s: float, options: dict[str, Any], describe: Callable[[int], str] | None,
+    ) -> None:  # fmt: skip
+        self._context, self._jobs, self._most, self._deadline_s = context, jobs, most, deadline_s
+        self._function, self._options, self._describe = function, options, describe
+        self._units: dict[int, _Unit] = {}
+        self._running: dict[Any, int] = {}
+        self._again: deque[int] = deque()
+        self._exhausted = False
+        self._stage = uuid.uuid4().hex
+        self._whereabouts: Any = None
+        self._finished: Counter[str] = Counter()
+        self._durations: deque[float] = deque(maxlen=200)
+        self._looked = 0.0
+
+    def results(self) -> Iterator[tuple[int, Any]]:
+        if len(_nodes(self._options["resources"])) > 1:
+            here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+            self._whereabouts = _Whereabouts.options(  # type: ignore[attr-defined]
+                name="danlu-whereabouts", get_if_exists=True, scheduling_strategy=here
+            ).remote()
+        while True:
+            self._hand_out()
+            if not self._units:
+                return
+            self._context.check_cancelled()
+            ready, rest = ray.wait(list(self._running), num_returns=1, timeout=0.5)
+            if ready and rest:
+                ready += ray.wait(rest, num_returns=len(rest), timeout=0)[0]
+            for task in ready:
+                if (index := self._running.pop(task, None)) is None:
+                    continue  # a copy of it came in a moment ago
+                unit = self._units[index]
+                unit.tasks.remove(task)
+                try:
+                    node, result = ray.get(task)
+                except _LOST as error:
+                    self._lost(index, unit, error)
+                    continue
+                except exceptions.RayTaskError as error:
+                    if self._describe is None:
+                        raise
+                    raise RuntimeError(f"{self._describe(index)} failed: {error.cause}") from error
+                self._finished[node] += 1
+                self._durations.append(time.monotonic() - unit.began)
+                del self._units[index]
+                self._end(unit)
+                yield index, result
+            if self._exhausted and self._whereabouts is not None:
+                self._copy_the_slow()
+
+    def cancel(self) -> None:
+        for unit in self._units.values():
+            self._end(unit)
+
+    def _end(self, unit: _Unit) -> None:
+        for task in unit.tasks:
+            self._running.pop(task, None)
+            ray.cancel(task)
+
+    def _hand_out(self) -> None:
+        while len(self._units) - len(self._again) < self._most:
+            if self._again:
+                index = self._again.popleft()
+            else:
+                job = next(self._jobs, None)
+                if job is None:
+                    self._exhausted = True
+                    return
+                index = job[0]
+                self._units[index] = _Unit(job[1])
+            self._units[index].began = time.monotonic()
+            self._start(index, self._options)
+
+    def _start(self, index: int, options: dict[str, Any]) -> None:
+        unit = self._units[index]
+        task = _run.options(**options).remote(self._function, self._whereabouts, self._stage, index, *unit.arguments)
+        unit.tasks.append(task)
+        self._running[task] = index
+
+    def _lost(self, index: int, unit: _Unit, error: Exception) -> None:
+        """A task ended without a result and through no error of the function. Raises UnitLost when it was once too often."""
+        how = str(error).strip().partition("\n")[0]
+        if isinstance(error, exceptions.WorkerCrashedError):
+            unit.crashes += 1
+        else:
+            unit.losses += 1
+        if isinstance(error, exceptions.OutOfMemoryError):
+            self._most = max(1, self._most - 1)  # fewer beside each other from now on
+        self._context.event("unit started again", {"unit": index, "failed": [how], "attempts": unit.crashes + unit.losses + 1})
+        if unit.crashes >= _CRASHES or unit.losses >= _LOSSES:
+            raise UnitLost(
+                f"{self._options['name']}: job {index} was lost {unit.crashes + unit.losses} times with its worker or node, last: "
+                f"{how}; what was committed stays: look at that machine's memory and at Ray's logs there, then run again"
+            ) from None
+        if not unit.tasks:  # no copy is out
+            self._again.append(index)
+
+    def _copy_the_slow(self) -> None:
+        now = time.monotonic()
+        if now - self._looked < _LOOK_S:
+            return
+        self._looked = now
+        limit = self._deadline_s
+        if len(self._durations) >= 3:
+            limit = min(limit, max(_LEAST_SLOW_S, _SLOW * statistics.median(self._durations)))
+        slow = [
+            index
+            for index, unit in self._units.items()
+            if unit.tasks and len(unit.copies) < _COPIES and now - unit.began > limit * (1 + len(unit.copies))
+        ]
+        if not slow:
+            return
+        known = ray.get(self._whereabouts.where.remote(self._stage, slow), timeout=60)
+        alive = _nodes(self._options["resources"])
+        for index, place in zip(slow, known, strict=True):
+            unit = self._units[index]
+            others = [node for node in alive if node != place and node not in unit.copies]
+            if place is None or not others:
+                continue  # it waits for a free worker, or there is nowhere else to do it
+            node = max(others, key=lambda node: self._finished[node])
+            unit.copies.add(node)
+            self._context.event("unit copied", {"unit": index, "seconds": round(now - unit.began), "from": place, "to": node})
+            strategy = NodeAffinitySchedulingStrategy(node, soft=False)
+            self._start(index, {**self._options, "scheduling_strategy": strategy})
+
+
+def _nodes(resources: dict[str, float]) -> list[str]:
+    """Ids of the living nodes that have a CPU and what else is asked for."""
+    return [
+        node["NodeID"]
+        for node in ray.nodes()
+        if node["Alive"] and node["Resources"].get("CPU", 0) >= 1 and all(node["Resources"].get(name) for name in resources)
+    ]
