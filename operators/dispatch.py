@@ -103,9 +103,8 @@ def run_units(
     context.progress(already, total, note)
     jobs = ((target, limits, unit) for unit in units)
     finished = already
-    name = target.partition(":")[2]
-    options = {"num_cpus": num_cpus, "num_gpus": num_gpus, "deadline_s": limits.deadline_s}
-    for _, trouble in run_tasks(context, _run_unit, jobs, name=name, **options):
+    name, deadline_s = target.partition(":")[2], limits.deadline_s
+    for _, trouble in run_tasks(context, _run_unit, jobs, deadline_s=deadline_s, num_cpus=num_cpus, num_gpus=num_gpus, name=name):
         finished += 1
         if trouble:
             context.event("unit retried", trouble)
