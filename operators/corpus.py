@@ -40,7 +40,7 @@ def run_corpus(
         [operators, read.model_dump(mode="json", exclude={"path"}), context.config.get("version"), batch_rows, measure]
     )
     keys = {unit.index: tables.content_hash([unit.key, work]) for unit in units}
-    done = shards.committed_units(context.directory)
+    done = shards.committed_numbers(context.directory)
     adopted = _adopt(context.directory, {index: key for index, key in keys.items() if index not in done})
     todo = [
         {
@@ -68,15 +68,16 @@ def _adopt(directory: str, wanted: dict[int, str]) -> set[int]:
     if not wanted:
         return set()
     parent = directory.rstrip("/").rsplit("/", 1)[0]
-    available: dict[str, tuple[str, dict[str, Any]]] = {}
+    available: dict[str, tuple[str, int]] = {}
     for sibling in storage.list_directories(parent):
         if sibling != directory:
-            for record in shards.committed_units(sibling).values():
-                available.setdefault(record.get("key", ""), (sibling, record))
+            for number, record in shards.unit_records(sibling):
+                available.setdefault(record.get("key", ""), (sibling, number))
     adopted = set()
     for index, key in wanted.items():
         if key in available:
-            shards.copy_unit(*available[key], directory, index)
+            sibling, number = available[key]
+            shards.copy_unit(sibling, shards.unit_record(sibling, number), directory, index)
             adopted.add(index)
     return adopted
 

@@ -25,7 +25,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import MISSING, dataclass, field, fields, replace
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 import pyarrow as pa
@@ -67,16 +67,16 @@ class Manifest:
     fingerprint: str
     config: dict[str, Any]
     inputs: dict[str, str]  # input stage name -> its directory relative to the run's directory
-    parts: list[dict[str, Any]]  # name (relative to the directory), rows, bytes, sha256
-    rejects: list[dict[str, Any]]
+    parts: Sequence[dict[str, Any]]  # name (relative to the directory), rows, bytes, sha256
+    rejects: Sequence[dict[str, Any]]
     ledger: Ledger
     stats: dict[str, Any] = field(default_factory=dict)
     equations: list[dict[str, Any]] = field(default_factory=list)
-    view: list[dict[str, Any]] | None = None  # for a view: path (relative to the run's directory), rows, removed, removed_rows
+    view: Sequence[dict[str, Any]] | None = None  # for a view: path (relative to the run's directory), rows, removed, removed_rows
     files: dict[str, Any] = field(default_factory=dict)  # other outputs, e.g. {"tokenizer": "tokenizer.json"}
     schema: list[list[str]] = field(default_factory=list)  # [column, Arrow type] of the parts
     versions: dict[str, str] = field(default_factory=dict)
-    measures: list[dict[str, Any]] = field(default_factory=list)  # as `parts`
+    measures: Sequence[dict[str, Any]] = field(default_factory=list)  # as `parts`
 
     @property
     def rows(self) -> int:
@@ -96,6 +96,7 @@ def load_manifest(directory: str) -> Manifest:
     data = json.loads(storage.read_bytes(path))
     _check_version(path, data)
     data.pop("rows", None)
+    data |= {name: _load_entries(directory, data[name]) for name in _LISTS if name in data}
     return Manifest(**{**data, "ledger": Ledger.from_json(data["ledger"])})
 
 
@@ -256,13 +257,29 @@ class _PartStream:
             os.unlink(self._scratch)
 
 
+def committed_numbers(directory: str) -> set[int]:
+    """The numbers of the units committed so far, by their records' names: nothing is read."""
+    return {_number(entry) for entry in _list(storage.join(directory, "units"))}
+
+
 def committed_units(directory: str) -> dict[int, dict[str, Any]]:
-    """The records of the units committed so far."""
-    units = storage.join(directory, "units")
-    if not storage.exists(units):
-        return {}
-    records = (json.loads(storage.read_bytes(entry.path)) for entry in _list(units))
-    return {record["unit"]: record for record in records}
+    """The records of the units committed so far, all in memory: for stages of few units."""
+    return dict(unit_records(directory))
+
+
+def unit_records(directory: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(number, record) of the units committed so far, in order of their numbers, a bounded number of them in memory."""
+    entries = _list(storage.join(directory, "units"))
+    yield from zip(map(_number, entries), map(json.loads, storage.read_each(entry.path for entry in entries)), strict=True)
+
+
+def unit_record(directory: str, number: int) -> dict[str, Any]:
+    """The record of one committed unit. Raises FileNotFoundError."""
+    return dict(json.loads(storage.read_bytes(storage.join(directory, "units", f"{number:08d}.json"))))
+
+
+def _number(entry: storage.FileEntry) -> int:
+    return int(entry.relative.removesuffix(".json"))
 
 
 def copy_unit(source: str, record: dict[str, Any], directory: str, unit: int) -> None:
@@ -306,19 +323,19 @@ def finish(
     `ledger` replaces the sum of the units' ledgers for stages that have no units. Raises LedgerError when an account
     or an equation does not balance.
     """
-    records = committed_units(directory)
     total, merged = Ledger(), dict(stats or {})
-    for number in sorted(records):
-        total.add(Ledger.from_json(records[number]["ledger"]))
-        merge_stats(merged, records[number]["stats"])
+    found: dict[str, list[dict[str, Any]]] = {"parts": [], "rejects": [], "measures": []}
+    for _, record in unit_records(directory):
+        total.add(Ledger.from_json(record["ledger"]))
+        merge_stats(merged, record["stats"])
+        for of_kind, entries in found.items():
+            entries += record.get(of_kind, ())
     if ledger is not None:
         total = ledger
     total.check(f"stage {stage}")
     for equation in equations:
         equation.check(f"stage {stage}")
-    parts = [part for number in sorted(records) for part in records[number]["parts"]]
-    rejects = [part for number in sorted(records) for part in records[number]["rejects"]]
-    measures = [part for number in sorted(records) for part in records[number].get("measures", [])]
+    parts, rejects, measures = found.values()
     schema: list[list[str]] = []
     if parts:
         with storage.open_input(storage.join(directory, parts[0]["name"])) as stream:
@@ -327,22 +344,79 @@ def finish(
         stage, kind, fingerprint, config, inputs, parts, rejects, total, merged,
         [equation.__dict__ for equation in equations], view, files or {}, schema, _versions(), measures,
     )  # fmt: skip
-    unit_times = [json.loads(storage.read_bytes(entry.path)) for entry in _list(storage.join(directory, "timings"))]
-    storage.write_bytes(
-        storage.join(directory, "timings.json"),
-        _json(
-            {
-                "units": len(unit_times),
-                "unit_seconds": sum(item["seconds"] for item in unit_times),
-                "cpu_seconds": sum(item["cpu_seconds"] for item in unit_times),
-                "peak_rss_bytes": max((item["peak_rss_bytes"] for item in unit_times), default=0),
-                **(timings or {}),
-            }
-        ),
-    )
+    spent = {"units": 0, "unit_seconds": 0.0, "cpu_seconds": 0.0, "peak_rss_bytes": 0}
+    for text in storage.read_each(entry.path for entry in _list(storage.join(directory, "timings"))):
+        item = json.loads(text)
+        spent["units"] += 1
+        spent["unit_seconds"] += item["seconds"]
+        spent["cpu_seconds"] += item["cpu_seconds"]
+        spent["peak_rss_bytes"] = max(spent["peak_rss_bytes"], item["peak_rss_bytes"])
+    storage.write_bytes(storage.join(directory, "timings.json"), _json({**spent, **(timings or {})}))
+    save_manifest(directory, manifest)
     storage.delete(storage.join(directory, ".scratch"))
-    storage.write_bytes(storage.join(directory, "manifest.json"), _json(manifest.to_json()))
     return manifest
+
+
+_LISTS = ("parts", "rejects", "measures", "view")
+_MOST_LISTED = 10_000  # entries of one kind that stand in manifest.json itself; more are a Parquet file beside it
+
+
+class Entries(Sequence[dict[str, Any]]):
+    """Many entries of a manifest as an Arrow table: a seventh of what the dictionaries take, each made when it is asked for."""
+
+    def __init__(self, table: pa.Table) -> None:
+        self.table = table
+
+    def __len__(self) -> int:
+        return int(self.table.num_rows)
+
+    @overload
+    def __getitem__(self, index: int) -> dict[str, Any]: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[dict[str, Any]]: ...
+    def __getitem__(self, index: int | slice) -> Any:
+        if isinstance(index, slice):
+            return self.table.take(list(range(len(self))[index])).to_pylist()
+        return self.table.slice(range(len(self))[index], 1).to_pylist()[0]
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        for batch in self.table.to_batches(max_chunksize=8192):
+            yield from batch.to_pylist()
+
+
+def save_manifest(directory: str, manifest: Manifest) -> None:
+    """Write manifest.json, after the lists of it that are too long to stand in it."""
+    data = manifest.to_json()
+    for name in _LISTS:
+        entries = data[name]
+        if entries is None or len(entries) <= _MOST_LISTED:
+            data[name] = None if entries is None else list(entries)
+            continue
+        table = entries.table if isinstance(entries, Entries) else pa.Table.from_pylist(list(entries))
+        scratch = storage.scratch_file(directory)
+        pq.write_table(table, scratch, compression="zstd")
+        digest = storage.sha256_of(scratch)
+        data[name] = {"parquet": f"manifest.{name}-{digest[:12]}.parquet", "sha256": digest, "entries": len(entries)}
+        storage.publish(scratch, storage.join(directory, data[name]["parquet"]))
+    storage.write_bytes(storage.join(directory, "manifest.json"), _json(data))
+
+
+def listed_beside(directory: str, record: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The entries of a manifest (as JSON) that stand in files beside it."""
+    for name in _LISTS:
+        if isinstance(record.get(name), dict):
+            yield from _load_entries(directory, record[name])
+
+
+def _load_entries(directory: str, listed: Any) -> Any:
+    """A list of a manifest as it stands, or from the Parquet file that it names. Raises OSError for a file that was changed."""
+    if not isinstance(listed, dict):
+        return listed
+    path = storage.join(directory, listed["parquet"])
+    data = storage.read_bytes(path)
+    if hashlib.sha256(data).hexdigest() != listed["sha256"]:
+        raise OSError(f"{path} is not the file that manifest.json names: restore it, or run the stage again")
+    return Entries(pq.read_table(pa.BufferReader(data)))
 
 
 def parts(directories: Sequence[str]) -> list[Part]:

@@ -16,6 +16,7 @@ from typing import Any
 
 from cluster import storage
 from cluster.storage import FileEntry
+from operators import shards
 from operators.config import SettingsError, nearest
 from pipelines.runner import hold
 
@@ -130,8 +131,17 @@ def _named(entries: Sequence[FileEntry], finished: bool) -> set[str]:
     for entry in entries:
         naming = _NAMING.match(entry.relative) or (not finished and _NAMING_MEANWHILE.match(entry.relative))
         if naming and not _TEMPORARY.match(_name(entry.path)):
-            found |= set(_texts(json.loads(storage.read_bytes(entry.path))))
+            found.update(_recorded(entry.path))
     return found
+
+
+def _recorded(path: str) -> Iterator[str]:
+    """Every text of a record, and of the long lists that a manifest keeps beside it."""
+    record = json.loads(storage.read_bytes(path))
+    yield from _texts(record)
+    if _name(path) == "manifest.json":
+        for listed in shards.listed_beside(path.rpartition("/")[0], record):
+            yield from _texts(listed)
 
 
 def _texts(value: Any) -> Iterator[str]:
@@ -158,7 +168,7 @@ def _superseded(
             continue
         needed.add(directory)
         manifest = storage.join(directory, "manifest.json")
-        read = set(_texts(json.loads(storage.read_bytes(manifest)))) if storage.exists(manifest) else set()
+        read = _recorded(manifest) if storage.exists(manifest) else iter(())
         places = {"/".join(text.removeprefix("run:").split("/")[:2]) for text in read}
         waiting += [other for other in stages if short[other] in places]
     going = [directory for directory in stages if directory not in needed]

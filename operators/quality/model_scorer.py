@@ -158,7 +158,7 @@ def _classifier(scoring: Scoring) -> Classifier:
 def score_stage(context: StageContext, inputs: Sequence[str], scoring: Scoring, limits: Limits, *, num_gpus: float = 0) -> None:
     """Score the kept rows of finished stages into parts of their own."""
     units = spans(shards.parts(inputs), _UNIT_ROWS)
-    done = shards.committed_units(context.directory)
+    done = shards.committed_numbers(context.directory)
     todo = [
         {
             "unit": {"index": index, "path": span.parts[0].path},

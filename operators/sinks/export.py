@@ -92,7 +92,7 @@ def run_export(context: StageContext, options: ExportOptions, directories: Seque
     names = [_file_name(options, index, len(plan["files"])) for index in range(len(plan["files"]))]
     if options.path is not None:
         _claim(destination, names, context.fingerprint)
-    done = shards.committed_units(context.directory)
+    done = shards.committed_numbers(context.directory)
     todo = [
         {
             "unit": {"index": index, "path": name},

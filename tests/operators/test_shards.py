@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from pathlib import Path
 
@@ -112,6 +113,38 @@ def test_large_units_are_cut_into_parts_of_bounded_size(tmp_path: Path) -> None:
     record = writer.commit(Ledger(rows_in=6000, kept=6000))
     assert len(record["parts"]) > 2
     assert sum(part["rows"] for part in record["parts"]) == 6000
+
+
+def test_long_lists_of_a_manifest_stand_beside_it_and_read_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for folder in ("short", "long"):
+        for unit in range(5):
+            write(tmp_path / folder / "s" / "f", unit, 3 * unit, 3)
+    short = finish(tmp_path / "short" / "s" / "f")
+    monkeypatch.setattr(shards, "_MOST_LISTED", 4)
+    directory = tmp_path / "long" / "s" / "f"
+    finish(directory)
+    (beside,) = directory.glob("manifest.parts-*.parquet")
+    long = shards.load_manifest(str(directory))
+    assert list(long.parts) == short.parts and long.parts[1:3] == short.parts[1:3] and long.parts[-1] == short.parts[-1]
+    assert (len(long.parts), long.rows, long.ledger) == (5, short.rows, short.ledger)
+    places = [
+        [part.path.partition("/s/f/")[2] for part in shards.parts([str(tmp_path / f / "s" / "f")])] for f in ("short", "long")
+    ]
+    assert places[0] == places[1]
+    record = json.loads((directory / "manifest.json").read_bytes())
+    assert list(shards.listed_beside(str(directory), record)) == [*short.parts, *short.rejects]
+    beside.write_bytes(beside.read_bytes()[:-1])
+    with pytest.raises(OSError, match="not the file that"):
+        shards.load_manifest(str(directory))
+
+
+def test_records_are_read_in_order_and_numbers_without_reading(tmp_path: Path) -> None:
+    for unit in (11, 2, 100):
+        write(tmp_path / "s" / "f", unit, unit, 2)
+    assert [number for number, _ in shards.unit_records(str(tmp_path / "s" / "f"))] == [2, 11, 100]
+    assert shards.unit_record(str(tmp_path / "s" / "f"), 11)["unit"] == 11
+    (tmp_path / "s" / "f" / "units" / "00000002.json").write_text("torn")
+    assert shards.committed_numbers(str(tmp_path / "s" / "f")) == {2, 11, 100}
 
 
 def test_statistics_of_units_add_up() -> None:

@@ -10,6 +10,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pytest
 from hypothesis import given, settings
@@ -84,6 +85,29 @@ def put(run: str, directory: str, name: str) -> None:
 
 
 A, B, C = "a" * 16, "b" * 16, "c" * 16
+
+
+def test_files_named_in_a_long_list_beside_the_manifest_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = str(tmp_path / "run")
+    directory = make_stage(run, "one", A, units=3, finished=False)
+    bitmap = shards.save_bitmap(directory, 0, np.ones(8, bool))
+    entry = {"path": "zero/x/parts/p.parquet", "rows": 8, "removed": bitmap, "removed_rows": 8}
+    monkeypatch.setattr(shards, "_MOST_LISTED", 0)
+    shards.finish(
+        directory,
+        stage="one",
+        kind="dedup",
+        fingerprint=A,
+        config={},
+        inputs={},
+        view=[entry],
+        ledger=Ledger(8, 0, 0, Counter({"d": 8})),
+    )
+    make_run(run, {"one": A})
+    put(run, directory, f"removed/00000001-{'0' * 12}.bits")
+    before = contents(run)
+    clean(run)
+    assert set(before) - set(contents(run)) == {f"one/{A}/removed/00000001-{'0' * 12}.bits"}
 
 
 def mixture(run: str, stray: list[tuple[int, int]], kept: list[tuple[int, int]], loose: bool) -> dict[str, str]:

@@ -72,7 +72,7 @@ def run_curate(
         previous = directory
     begun = time.monotonic()
     plan = WritePlan(context.directory, shards.parts([previous]), target, tuple(views))
-    units = sorted(shards.committed_units(target))
+    units = sorted(shards.committed_numbers(target))
     run_phases(context, plan, [Phase("write", write_unit, len(units))])
     seconds["write"] = round(time.monotonic() - begun, 3)
     sets = {name: shards.load_manifest(directory).stats for _, name, directory in views}
@@ -87,7 +87,7 @@ def _run_local(
     whole: list[tuple[int, Entry]], limits: Limits, batch_rows: int, num_gpus: float,
 ) -> float:  # fmt: skip
     begun = time.monotonic()
-    done = shards.committed_units(target)
+    done = shards.committed_numbers(target)
     units = spans(parts, UNIT_ROWS)
     arguments: dict[str, Any] = {"local": local, "whole": whole, "directory": target, "batch_rows": batch_rows}
     arguments["schema"] = schema.serialize().to_pybytes().hex()

@@ -1,0 +1,1 @@
+"""Measurements of the room cluster/ and of what schedules on it."""
