@@ -13,7 +13,7 @@ from __future__ import annotations
 import statistics
 import time
 import uuid
-from collections import Counter, OrderedDict, deque
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -48,7 +48,7 @@ class UnitLost(RuntimeError):
 
 @ray.remote(num_cpus=0, max_restarts=-1)
 class _Whereabouts:
-    """On which node the newest tasks began. Advice for where not to put a second copy; nothing depends on it."""
+    """On which node the newest tasks began: where not to put a second copy. Advice alone, and not complete."""
 
     def __init__(self) -> None:
         self._nodes: OrderedDict[tuple[str, int], str] = OrderedDict()
@@ -128,7 +128,7 @@ class _Flight:
         self._exhausted = False
         self._stage = uuid.uuid4().hex
         self._whereabouts: Any = None
-        self._finished: Counter[str] = Counter()
+        self._finished: dict[str, float] = {}  # when a node last brought a result
         self._durations: deque[float] = deque(maxlen=200)
         self._looked = 0.0
 
@@ -160,7 +160,7 @@ class _Flight:
                     if self._describe is None:
                         raise
                     raise RuntimeError(f"{self._describe(index)} failed: {error.cause}") from error
-                self._finished[node] += 1
+                self._finished[node] = time.monotonic()
                 self._durations.append(time.monotonic() - unit.began)
                 del self._units[index]
                 self._end(unit)
@@ -230,14 +230,17 @@ class _Flight:
         ]
         if not slow:
             return
-        known = ray.get(self._whereabouts.where.remote(self._stage, slow), timeout=60)
+        try:
+            known = ray.get(self._whereabouts.where.remote(self._stage, slow), timeout=10)
+        except (exceptions.RayActorError, exceptions.GetTimeoutError):
+            return  # it is being started again elsewhere: advice that is missing holds nothing up but a copy
         alive = _nodes(self._options["resources"])
         for index, place in zip(slow, known, strict=True):
             unit = self._units[index]
             others = [node for node in alive if node != place and node not in unit.copies]
-            if place is None or not others:
-                continue  # it waits for a free worker, or there is nowhere else to do it
-            node = max(others, key=lambda node: self._finished[node])
+            if not others:
+                continue
+            node = max(others, key=lambda node: self._finished.get(node, 0.0))  # one that has just shown that it works
             unit.copies.add(node)
             self._context.event("unit copied", {"unit": index, "seconds": round(now - unit.began), "from": place, "to": node})
             strategy = NodeAffinitySchedulingStrategy(node, soft=False)

@@ -10,16 +10,18 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Sequence
 from importlib import util
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
+from ray.util import get_node_ip_address
 
 from tests.cluster.object_store import free_ports
 from tests.conftest import ROOT
 
-RAY = shutil.which("ray", path=str(Path(sys.executable).parent)) or "ray"
 _START_S = 180.0
 
 CONFIGURATION = {
@@ -43,8 +45,7 @@ def redis_server() -> str:
     return found
 
 
-def wait_until(what: str, holds: object, seconds: float = _START_S) -> None:
-    assert callable(holds)
+def wait_until(what: str, holds: Callable[[], bool], seconds: float = _START_S) -> None:
     deadline = time.monotonic() + seconds
     while not holds():
         assert time.monotonic() < deadline, f"{what}: not within {seconds:.0f} s"
@@ -84,81 +85,93 @@ class Node:
         self.signal(signal.SIGKILL)
 
 
+class _Host:
+    """The process that starts servers (tests/cluster/host.py)."""
+
+    def __init__(self, prefix: Sequence[str], environment: dict[str, str]) -> None:
+        self.process = subprocess.Popen(
+            [*prefix, sys.executable, "-m", "tests.cluster.host"],
+            cwd=ROOT, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        )  # fmt: skip
+
+    def start(self, **wanted: Any) -> dict[str, Any]:
+        assert self.process.stdin is not None and self.process.stdout is not None
+        print(json.dumps(wanted), file=self.process.stdin, flush=True)
+        while line := self.process.stdout.readline():
+            if line.startswith("{"):
+                return dict(json.loads(line))
+        raise RuntimeError(f"Ray's servers could not be started: {wanted}")
+
+
 class Nodes:
     """The head has no CPUs: it is `danlu run`'s business alone. With `redis` its state outlives its control process."""
 
-    def __init__(self, directory: Path, *, redis: bool = False, address: str = "127.0.0.1", prefix: tuple[str, ...] = ()) -> None:
-        self._directory, self._ip, self._prefix = directory, address, prefix
+    def __init__(self, directory: Path, *, redis: bool = False, address: str | None = None, prefix: Sequence[str] = ()) -> None:
+        # not loopback: a driver that joins a Ray at 127.0.0.1 looks for it at this machine's own address
+        self._ip, self._prefix = address or get_node_ip_address(), prefix
         self._redis: subprocess.Popen[bytes] | None = None
-        self._environment = {**os.environ, **CONFIGURATION}
-        self._environment.pop("RAY_ADDRESS", None)
-        port, redis_port = free_ports(2)
+        environment = {**os.environ, **CONFIGURATION}
+        environment.pop("RAY_ADDRESS", None)
         if redis:
-            command = [redis_server(), "--port", str(redis_port), "--bind", address, "--save", "", "--dir", str(directory)]
+            (port,) = free_ports(1)
+            command = [
+                redis_server(),
+                "--port",
+                str(port),
+                "--bind",
+                self._ip,
+                "--protected-mode",
+                "no",
+                "--save",
+                "",
+                "--dir",
+                str(directory),
+            ]
             self._redis = subprocess.Popen([*prefix, *command], stdout=subprocess.DEVNULL)
-            self._environment["RAY_REDIS_ADDRESS"] = f"{address}:{redis_port}"
-        self.address = f"{address}:{port}"
-        self._count = 0
-        store = ["--object-store-memory", str(100 << 20)]
-        (self.head,) = self._start(["--head", "--port", str(port), "--num-cpus", "0", "--include-dashboard", "false", *store])
+            environment["RAY_REDIS_ADDRESS"] = f"{self._ip}:{port}"
+        self._environment = environment
+        self._hosts: dict[tuple[str, ...], _Host] = {}
+        started = self._start(self._ip, prefix, head=True, num_cpus=0)
+        self.address = str(started["address"])
+        self.head, self._control = Node(psutil.Process(started["raylet"])), psutil.Process(started["gcs_server"])
+        self._all = [self.head]
 
     def add(
-        self, cpus: int = 2, resources: dict[str, float] | None = None, *, address: str | None = None, prefix: tuple[str, ...] = ()
+        self, cpus: int = 2, resources: dict[str, float] | None = None, *, address: str | None = None, prefix: Sequence[str] = ()
     ) -> Node:
         """One more node; `prefix` is a command to start it with (`ip netns exec`), `address` its own then."""
-        store = ["--object-store-memory", str(100 << 20), "--resources", json.dumps(resources or {})]
-        (node,) = self._start(
-            ["--address", self.address, "--num-cpus", str(cpus), *store], address or self._ip, prefix or self._prefix
-        )
+        # of its own, or a driver could take it for the node that it runs on
+        where = address or f"127.0.1.{len(self._all)}"
+        what = {"num_cpus": cpus, "resources": resources or {}, "gcs_address": self.address}
+        node = Node(psutil.Process(self._start(where, prefix or self._prefix, head=False, **what)["raylet"]))
+        self._all.append(node)
         return node
 
-    def _start(self, arguments: list[str], address: str | None = None, prefix: tuple[str, ...] | None = None) -> list[Node]:
-        before = {process.pid for process in self._servers("raylet")}
-        self._count += 1
-        where = ["--node-ip-address", address or self._ip, "--disable-usage-stats"]
-        started = subprocess.run(
-            [*(self._prefix if prefix is None else prefix), sys.executable, RAY, "start", *arguments, *where],
-            env=self._environment, cwd=self._directory, capture_output=True, text=True, check=False, timeout=2 * _START_S,
-        )  # fmt: skip
-        assert started.returncode == 0, started.stdout[-2000:] + started.stderr[-2000:]
-        return [Node(process) for process in self._servers("raylet") if process.pid not in before]
+    def _start(self, address: str, prefix: Sequence[str], **wanted: Any) -> dict[str, Any]:
+        host = self._hosts.get(tuple(prefix)) or self._hosts.setdefault(tuple(prefix), _Host(prefix, self._environment))
+        return host.start(node_ip_address=address, object_store_memory=100 << 20, **wanted)
 
-    def _servers(self, name: str) -> list[psutil.Process]:
-        port = self.address.rpartition(":")[2]
-        found = []
-        for process in psutil.process_iter():
-            with contextlib.suppress(psutil.Error):
-                if process.name() == name and any(word.endswith(port) for word in process.cmdline()):
-                    found.append(process)
-        return found
-
-    def kill_control_process(self) -> None:
+    def kill_control_process(self, pause_s: float = 1.0) -> None:
         """`kill -9` of Ray's GCS, and the same command again, as what watches over it would."""
-        (server,) = self._servers("gcs_server")
-        command, environment, directory = server.cmdline(), server.environ(), server.cwd()
-        server.kill()
-        server.wait(30)
-        time.sleep(1)
-        subprocess.Popen(command, env=environment, cwd=directory, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        command, environment, directory = self._control.cmdline(), self._control.environ(), self._control.cwd()
+        self._control.kill()
+        psutil.wait_procs([self._control], timeout=30)
+        time.sleep(pause_s)
+        again = subprocess.Popen(
+            [*self._prefix, *command], env=environment, cwd=directory, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        self._control = psutil.Process(again.pid)
 
     def kill_head(self) -> None:
         """The head host is lost: control process, raylet and all."""
-        for server in self._servers("gcs_server"):
-            server.kill()
+        self._control.kill()
         self.head.kill()
 
     def close(self) -> None:
-        port = self.address.rpartition(":")[2]
-        found = []
-        for process in psutil.process_iter():
-            with contextlib.suppress(psutil.Error):
-                if any(self.address in word or word.endswith(f"port={port}") for word in process.cmdline()[1:]):
-                    found += [process, *process.children(recursive=True)]
-        for process in found:
-            with contextlib.suppress(psutil.Error):
-                if process.pid != os.getpid():
-                    process.kill()
-        psutil.wait_procs(found, timeout=10)
-        if self._redis is not None:
-            self._redis.kill()
-            self._redis.wait()
+        for node in self._all:
+            node.kill()
+        self._control.kill()
+        for process in [*(host.process for host in self._hosts.values()), self._redis]:
+            if process is not None:
+                process.kill()
+                process.wait()

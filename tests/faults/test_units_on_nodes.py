@@ -60,7 +60,7 @@ class Driver:
 
     def finish(self, units: int) -> list[dict[str, Any]]:
         """Every unit came back once and left its file; what was told on the way."""
-        assert self._process.wait(timeout=180) == 0, self._log.read_text("utf-8")[-3000:]
+        assert self._process.wait(timeout=60) == 0, self._log.read_text("utf-8")[-3000:]
         told = self.told()
         assert told[-1] == {"end": "done"}, told[-3:]
         results = {line["index"]: line["result"] for line in told if "result" in line}
@@ -71,12 +71,12 @@ class Driver:
         return told
 
     def end(self) -> str:
-        assert self._process.wait(timeout=180) == 0, self._log.read_text("utf-8")[-3000:]
+        assert self._process.wait(timeout=60) == 0, self._log.read_text("utf-8")[-3000:]
         return str(self.told()[-1]["end"])
 
     def attempts(self) -> list[tuple[int, str]]:
         """(unit, node) of each attempt."""
-        names = [path.name.split("-") for path in (self.directory / "attempts").iterdir()]
+        names = [path.name.split("-") for path in (self.directory / "attempts").glob("*")]
         return [(int(name[0]), name[1]) for name in names]
 
 
@@ -92,6 +92,7 @@ def test_a_worker_that_is_killed_costs_its_unit_one_more_attempt(nodes: Nodes, t
     assert sorted(unit for unit, _ in driver.attempts()) == [0, 1, 1, 2, 3, 4, 5]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("steady")
 def test_a_unit_that_always_ends_its_worker_ends_the_stage_and_says_so(nodes: Nodes, tmp_path: Path) -> None:
     driver = Driver(nodes, tmp_path, "crash", units=1)
@@ -133,13 +134,15 @@ def test_a_node_that_freezes_at_the_end_delays_by_a_deadline_and_one_result_coun
     slow.signal(signal.SIGSTOP, frozen)
     told = driver.finish(12)
     copied = [line for line in told if line.get("event") == "unit copied"]
-    assert copied and {(line["from"], line["to"]) for line in copied} == {(slow.id, steady.id)}
+    # one that was handed to a process that stands still has not begun anywhere
+    assert copied and {line["to"] for line in copied} == {steady.id} and {line["from"] for line in copied} <= {slow.id, None}
     slow.signal(signal.SIGCONT, frozen)
     time.sleep(1.5)  # the frozen copies end now, if they were not cancelled: nothing changes
     assert sorted(path.name for path in (tmp_path / "out").iterdir() if path.name[0] != ".") == sorted(map(str, range(12)))
     slow.kill()
 
 
+@pytest.mark.slow
 def test_a_node_that_freezes_whole_is_given_up(nodes: Nodes, steady: Node, tmp_path: Path) -> None:
     lost = nodes.add(cpus=2)
     driver = Driver(nodes, tmp_path, units=30, workers=4, seconds=0.3)
