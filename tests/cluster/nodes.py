@@ -131,7 +131,8 @@ class Nodes:
             environment["RAY_REDIS_ADDRESS"] = f"{self._ip}:{port}"
         self._environment = environment
         self._hosts: dict[tuple[str, ...], _Host] = {}
-        started = self._start(self._ip, prefix, head=True, num_cpus=0)
+        (port,) = free_ports(1)  # a fixed one: where it was before is where it is found again
+        started = self._start(self._ip, prefix, head=True, num_cpus=0, gcs_server_port=port)
         self.address = str(started["address"])
         self.head, self._control = Node(psutil.Process(started["raylet"])), psutil.Process(started["gcs_server"])
         self._all = [self.head]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -153,9 +154,60 @@ def test_a_node_that_freezes_whole_is_given_up(nodes: Nodes, steady: Node, tmp_p
     lost.kill()
 
 
-@pytest.mark.usefixtures("steady")
-def test_the_control_process_is_killed_and_started_again_and_the_run_goes_on(nodes: Nodes, tmp_path: Path) -> None:
-    driver = Driver(nodes, tmp_path, units=40, workers=2, seconds=0.3)
+def test_the_control_process_is_killed_and_started_again_and_the_run_goes_on(nodes: Nodes, steady: Node, tmp_path: Path) -> None:
+    """Behind Redis it knows its nodes and drivers again: even a node that comes afterwards gets units."""
+    driver = Driver(nodes, tmp_path, units=60, workers=4, seconds=0.4)
     driver.wait("it has begun", started)
     nodes.kill_control_process()
-    driver.finish(40)
+    added = nodes.add(cpus=2)
+    driver.finish(60)
+    assert {node for _, node in driver.attempts()} == {steady.id, added.id}
+    added.kill()
+
+
+@pytest.fixture
+def cable(tmp_path: Path) -> Iterator[tuple[str, str, str]]:
+    """A host of its own (a network namespace) beside this one: its name, its end of the cable and both addresses' prefix."""
+    if os.geteuid() != 0 or shutil.which("ip") is None:
+        pytest.skip("network namespaces need root and iproute2")
+    name, ours, theirs = (f"{kind}{os.getpid() % 100_000}" for kind in ("danlu", "dla", "dlb"))
+    prefix = f"10.{os.getpid() % 100 + 100}.{os.getpid() // 100 % 256}"
+    commands = [
+        f"netns add {name}", f"link add {ours} type veth peer name {theirs}", f"link set {theirs} netns {name}",
+        f"addr add {prefix}.1/24 dev {ours}", f"link set {ours} up", f"-n {name} addr add {prefix}.2/24 dev {theirs}",
+        f"-n {name} link set {theirs} up", f"-n {name} link set lo up",
+    ]  # fmt: skip
+    try:
+        for command in commands:
+            done = subprocess.run(["ip", *command.split()], capture_output=True, text=True, check=False)
+            if done.returncode:
+                pytest.skip(f"this machine makes no network namespaces: {done.stderr.strip()}")
+        yield name, ours, prefix
+    finally:
+        subprocess.run(["ip", "link", "del", ours], check=False, capture_output=True)
+        subprocess.run(["ip", "netns", "del", name], check=False, capture_output=True)
+
+
+@pytest.mark.slow
+def test_a_host_that_is_cut_off_from_the_network_for_a_minute(cable: tuple[str, str, str], tmp_path: Path) -> None:
+    """Its units are done elsewhere; when the cable is back, what it still does changes nothing."""
+    name, device, prefix = cable
+    nodes = Nodes(tmp_path, address=f"{prefix}.1")
+    try:
+        near = nodes.add(cpus=2)
+        far = nodes.add(cpus=2, address=f"{prefix}.2", prefix=("ip", "netns", "exec", name))
+        place = tmp_path / "units"
+        place.mkdir()
+        driver = Driver(nodes, place, units=120, workers=4, seconds=1.0)
+        driver.wait("both hosts work", lambda told: {node for _, node in driver.attempts()} == {near.id, far.id})
+        subprocess.run(["ip", "link", "set", device, "down"], check=True)
+        cut = time.monotonic()
+        before = sum("result" in line for line in driver.told())
+        driver.wait("the other host goes on", lambda told: sum("result" in line for line in told) > before + 20)
+        time.sleep(max(0.0, 60 - (time.monotonic() - cut)))
+        subprocess.run(["ip", "link", "set", device, "up"], check=True)
+        told = driver.finish(120)
+        lost = {line["unit"] for line in told if line.get("event") in ("unit started again", "unit copied")}
+        assert 1 <= len(lost) <= 4, "what was in work on the lost host was done elsewhere, and nothing else"
+    finally:
+        nodes.close()
