@@ -2,7 +2,7 @@
 DEVICE ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && echo gpu || echo cpu)
 VENV := .venv/bin
 
-.PHONY: quickstart test test-slow lint setup lock peers bench bench-run clean
+.PHONY: quickstart test test-slow faults soak lint setup lock peers bench bench-run clean
 
 setup:
 	@bash requirements/install.sh $(DEVICE)
@@ -11,10 +11,18 @@ quickstart: setup
 	@$(VENV)/danlu run examples/quickstart.yaml
 
 test: setup lint
-	@$(VENV)/python -m pytest -q --durations=12 -m "not slow"
+	@$(VENV)/python -m pytest -q --durations=40 --durations-min=3 -m "not slow"
 
 test-slow: setup
 	@$(VENV)/python -m pytest -q -m slow
+
+# Every fault of docs/faults.md, really done to real processes: kills, full disks, cut cables, outages. About half an hour.
+faults: setup
+	@$(VENV)/python -m pytest -q tests/faults tests/operators/test_supervise.py tests/train/test_session.py tests/operators/synthesis/test_engine.py
+
+# Random faults for twenty minutes; the seed is printed, SOAK="--minutes 5 --seed 7" sets both.
+soak: setup
+	@$(VENV)/python -u -m tests.faults.soak $(SOAK)
 
 lint: setup
 	@$(VENV)/ruff check .
