@@ -1,1 +1,1 @@
-"""Rows to rows on Ray Data: read, extract, clean, detect language, filter, deduplicate, synthesise, pack."""
+"""Rows to rows on Ray: read, extract, clean, detect language, filter, deduplicate, synthesise, pack."""

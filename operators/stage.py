@@ -106,7 +106,7 @@ class Stage(Settings):
     """Base of what a recipe's stage may be: a typed configuration with a `run`. The docstring is its documentation.
 
     Subclasses set `kind: Literal["..."]`, bump `version` whenever the same settings give another result, and declare
-    which shared resource they want: `cpu` (Ray Data and tasks), `generate` (the vLLM engine), `train` (the training
+    which shared resource they want: `cpu` (Ray tasks), `generate` (the vLLM engine), `train` (the training
     worker group).
     """
 

@@ -1,4 +1,4 @@
-"""The whole of a `curate` stage: row-local units on Ray Data, then the set operators one after the other, then the rows.
+"""The whole of a `curate` stage: row-local units, then the set operators one after the other, then the rows.
 
 Without set operators the units are the stage's own, and later stages follow them as they come. With them the units go to
 `work/rows`, with the keys of the set operators as columns; each set operator is one task that reads the keys of the rows
