@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import resource
 import statistics
@@ -75,15 +76,18 @@ def commit_many(units: int, parts: int) -> dict[str, Any]:
         (stage / "timings").mkdir()
         (stage / "parts").mkdir()
         for unit in range(units):
-            names = [f"parts/{unit:08d}-{part:03d}-{unit * parts + part:012x}.parquet" for part in range(parts)]
-            listed = [{"name": name, "rows": 7, "bytes": 4096, "sha256": f"{unit:064x}"} for name in names]
+            digests = [hashlib.sha256(b"%d %d" % (unit, part)).hexdigest() for part in range(parts)]
+            names = [f"parts/{unit:08d}-{part:03d}-{digest[:12]}.parquet" for part, digest in enumerate(digests)]
+            listed = [
+                {"name": name, "rows": 7, "bytes": 4096, "sha256": digest} for name, digest in zip(names, digests, strict=True)
+            ]
             ledger = {"in": 8 * parts, "created": 0, "kept": 7 * parts, "rejected": {"gopher:short": parts}, "quarantined": 0}
             stats = {"lang": {"en": 3 * parts, "zh": 4 * parts}}
             record = {"unit": unit, "parts": listed, "rejects": [], "ledger": ledger, "stats": stats}
             (stage / "units" / f"{unit:08d}.json").write_text(json.dumps(record))
             timing = {"seconds": 1.0, "cpu_seconds": 1.0, "peak_rss_bytes": 1 << 28}
             (stage / "timings" / f"{unit:08d}.json").write_text(json.dumps(timing))
-        first = stage / "parts" / f"00000000-000-{0:012x}.parquet"
+        first = stage / "parts" / f"00000000-000-{hashlib.sha256(b'0 0').hexdigest()[:12]}.parquet"
         _one_row(first)
         before, begun = _peak(), time.perf_counter()
         missing = len(set(range(units)) - shards.committed_numbers(str(stage)))
