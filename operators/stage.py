@@ -19,6 +19,12 @@ class Progress(Protocol):
     def __call__(self, done: int, total: int, note: str) -> None: ...
 
 
+class Measured(Protocol):
+    """Told what a stage measures while it runs, for those who watch: `tokens_per_second`; with `step` a point of a curve."""
+
+    def __call__(self, numbers: dict[str, Any], step: int | None = None) -> None: ...
+
+
 class Cancelled(RuntimeError):
     """The user stopped the run; whatever was committed stays."""
 
@@ -43,6 +49,7 @@ class StageContext:
     cache_directory: str = ""  # for things made once per machine, such as converted model weights
     base_directory: str = "."  # what relative paths of the recipe are relative to
     progress: Progress = lambda done, total, note: None
+    measured: Measured = lambda numbers, step=None: None
     log: Callable[[str], None] = lambda line: None
     event: Callable[[str, dict[str, Any]], None] = lambda message, facts: None  # for the run's log: what happened, plain values
     cancelled: threading.Event = field(default_factory=threading.Event)

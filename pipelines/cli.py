@@ -6,6 +6,7 @@ Exit codes: 0 done, 1 a stage failed, 2 wrong usage or recipe or input, 130 stop
 from __future__ import annotations
 
 import argparse
+import contextlib
 import errno
 import os
 import shlex
@@ -56,6 +57,13 @@ def _parser() -> argparse.ArgumentParser:
     run = commands.add_parser("run", help="run a recipe; what is done already is not done again", description=_run.__doc__)
     _run_options(run)
     run.add_argument("--address", metavar="ADDRESS", help="join this Ray cluster (`auto`, or ray://...) instead of starting one")
+    run.add_argument(
+        "--metrics-port", type=_port, metavar="PORT", help="serve Prometheus metrics at http://127.0.0.1:PORT/metrics meanwhile"
+    )
+    run.add_argument(
+        "--metrics-host", metavar="HOST",
+        help="serve them on this address instead of 127.0.0.1: whoever reaches it may read them",
+    )  # fmt: skip
     run.set_defaults(run=_run)
 
     check = commands.add_parser("check", help="check a recipe without running it", description=_check.__doc__)
@@ -169,6 +177,9 @@ def _parser() -> argparse.ArgumentParser:
     status = commands.add_parser("status", help="tell how far a run is, from another shell", description=_status.__doc__)
     status.add_argument("directory", metavar="RUN", help="a run's directory, e.g. runs/quickstart")
     status.add_argument("--json", action="store_true", help="print one JSON object (one a line with --watch)")
+    status.add_argument(
+        "--prometheus", action="store_true", help="print Prometheus metrics, as for node_exporter's textfile collector"
+    )
     status.add_argument("--watch", action="store_true", help="look again and again until the run has ended")
     status.add_argument("--every", type=_positive, default=5, metavar="S", help="seconds between two looks (default: 5)")
     status.set_defaults(run=_status)
@@ -219,8 +230,9 @@ def _parser() -> argparse.ArgumentParser:
         "manifest", help="write KubeRay, launcher, Slurm or container files for a cluster", description=_manifest.__doc__
     )
     manifest.add_argument(
-        "target", choices=["kuberay", "launcher", "slurm", "containerfile", "settings"], help="what to write; settings: list them"
-    )
+        "target", choices=["kuberay", "launcher", "slurm", "containerfile", "grafana", "settings"],
+        help="what to write (grafana: a dashboard for the metrics of runs; settings: list them)",
+    )  # fmt: skip
     manifest.add_argument("--kind", choices=["job", "cluster"], help="kuberay: RayJob or RayCluster (default: job)")
     manifest.add_argument("--recipe", metavar="RECIPE", help="the recipe that it is for: decides the groups of workers")
     manifest.add_argument("--runs", metavar="DIR", help="folder or URI that holds the runs (default: runs)")
@@ -259,6 +271,13 @@ def _positive(text: str) -> int:
     return number
 
 
+def _port(text: str) -> int:
+    number = int(text)
+    if not 1 <= number <= 65535:
+        raise argparse.ArgumentTypeError(f"must be a port, 1 to 65535, got {number}")
+    return number
+
+
 def _count(text: str) -> int:
     number = int(text)
     if number < 0:
@@ -270,10 +289,11 @@ def _run(parsed: argparse.Namespace) -> int:
     """Run a recipe. Finished stages are found by fingerprint and skipped; an unfinished one goes on where it stopped."""
     from pipelines.progress import Display
     from pipelines.recipe import load_recipe
-    from pipelines.report.build import build_report
     from pipelines.report.summary import summary_table
     from pipelines.runner import Options, RayLost, Run, RunError, resume_command
 
+    if parsed.metrics_host and not parsed.metrics_port:
+        raise SettingsError("--metrics-host says nothing without --metrics-port")
     recipe, text = load_recipe(parsed.recipe)
     options = Options(
         runs=parsed.runs,
@@ -285,8 +305,15 @@ def _run(parsed: argparse.Namespace) -> int:
         command=shlex.join(["danlu", *sys.argv[1:]]),
     )
     again = resume_command(options, parsed.recipe)
-    with Display(_ERR) as display:
+    with Display(_ERR) as display, contextlib.ExitStack() as services:
         run = Run(recipe, text, options, display)
+        if parsed.metrics_port:
+            from pipelines.metrics import served
+
+            host = parsed.metrics_host or "127.0.0.1"
+            services.enter_context(served(parsed.metrics_port, host, lambda: run.live.status))
+            run.live.first_s = 0.0
+            display.line(f"metrics at http://{host}:{parsed.metrics_port}/metrics")
 
         def stop(_signal: int, _frame: Any) -> None:
             if run.cancelled.is_set():
@@ -307,11 +334,10 @@ def _run(parsed: argparse.Namespace) -> int:
         finally:
             for number, handler in previous.items():
                 signal.signal(number, handler)
-    report = build_report(run.directory)
     _OUT.print(summary_table(run.directory))
     for line in message.splitlines():
         _ERR.print(line, markup=False)
-    _OUT.print(report, markup=False)
+    _OUT.print(storage.join(run.directory, "report.html"), markup=False)
     if waiting:  # threads that still wait on Ray would hold the process back
         sys.stdout.flush()
         os._exit(code)
@@ -464,9 +490,16 @@ def _status(parsed: argparse.Namespace) -> int:
 
     from pipelines.status import Watch, table
 
+    if parsed.prometheus and (parsed.json or parsed.watch):
+        raise SettingsError("--prometheus prints one look in one format: leave out --json and --watch")
     watch = Watch(storage.absolute(parsed.directory, os.getcwd()))
     while True:
         found = watch.look()
+        if parsed.prometheus:
+            from pipelines.metrics import text
+
+            sys.stdout.write(text(found))
+            return 0
         if parsed.json:
             print(json.dumps(found.to_json(), ensure_ascii=False), flush=True)
         else:
@@ -620,7 +653,8 @@ def _submit(parsed: argparse.Namespace) -> int:
 
 
 def _manifest(parsed: argparse.Namespace) -> int:
-    """Write what brings up a cluster: KubeRay resources, YAML for Ray's cluster launcher, a Slurm script, a container file."""
+    """Write what brings up a cluster: KubeRay resources, YAML for Ray's cluster launcher, a Slurm script, a container file; or the
+    Grafana dashboard for what `danlu run --metrics-port` and `danlu status --prometheus` tell."""
     from pipelines.manifest import manifest
 
     text = manifest(parsed)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import math
 import os
 import socket
 import threading
@@ -76,7 +77,7 @@ class Heartbeat:
     def started(self, stage: str) -> None:
         with self._lock:
             entry = self._stages.setdefault(stage, {"failures": 0, "retried": 0, "set_aside": 0})
-            entry.update(started=time.time(), first=None)
+            entry.update(started=time.time(), first=None, tokens_per_second=None)
         self.log("info", "started", stage=stage)
 
     def failed(self, stage: str, message: str) -> None:
@@ -92,6 +93,14 @@ class Heartbeat:
             entry.update(done=done, total=total, note=note, seen=time.time())
             if not entry.get("first") or begins_anew(before, (done, total)):
                 entry["first"] = [entry["seen"], done]
+
+    def measured(self, stage: str, numbers: dict[str, Any]) -> None:
+        """The pace in tokens, of a stage that tells one."""
+        pace = numbers.get("tokens_per_second")
+        if isinstance(pace, int | float) and math.isfinite(pace):
+            with self._lock:
+                entry = self._stages.setdefault(stage, {"failures": 0, "retried": 0, "set_aside": 0})
+                entry["tokens_per_second"] = round(float(pace), 3)
 
     def event(self, stage: str, message: str, facts: dict[str, Any]) -> None:
         """A unit that was tried again, or rows of it that were set aside."""

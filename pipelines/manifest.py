@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -16,6 +17,8 @@ from cluster.placement import KINDS, Kind
 from operators.config import SettingsError
 from pipelines.describe import settings_lines
 from pipelines.recipe import Recipe, load_recipe
+
+_DASHBOARD = Path(__file__).with_name("grafana.json")
 
 
 def manifest(parsed: argparse.Namespace) -> str:
@@ -36,13 +39,15 @@ def _render(parsed: argparse.Namespace, settings: Settings) -> str:
         ("kind", parsed.target == "kuberay"),
         ("recipe", parsed.target in ("kuberay", "launcher", "slurm")),
         ("runs", job or parsed.target == "slurm"),
-        ("settings", parsed.target != "settings"),
+        ("settings", parsed.target not in ("settings", "grafana")),
     ):
         if getattr(parsed, option) and not used:
             name = "set" if option == "settings" else option
             raise SettingsError(f"--{name} says nothing about danlu manifest {parsed.target}")
     if parsed.target == "settings":
         return "\n".join(["settings of `danlu manifest`, for --set PATH=VALUE", *settings_lines(Settings)]) + "\n"
+    if parsed.target == "grafana":
+        return _DASHBOARD.read_text("utf-8")
     settings.check_used(parsed.target)
     if parsed.target == "containerfile":
         return containerfile.containerfile(settings.container)

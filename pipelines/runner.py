@@ -36,6 +36,7 @@ from operators.stage import Cancelled, StageContext
 from pipelines.graph import Node, plan
 from pipelines.heartbeat import Heartbeat
 from pipelines.journal import redacted
+from pipelines.live import Live
 from pipelines.progress import Display
 from pipelines.recipe import Recipe
 from pipelines.report import spending
@@ -87,11 +88,12 @@ class Run:
         self.nodes: list[Node] = []
         self._services = Services(self)
         self._heart = Heartbeat(self.directory, recipe.name, lambda: dict(self._status), display.line)
+        self.live = Live(self.directory, display.line)
 
     def execute(self) -> str:
         """Run everything that is not done. Raises SettingsError, FileNotFoundError, OSError, RunError or Cancelled."""
         self.nodes = plan(self.recipe, self.directory, self.options.base_directory, self.options.limit)
-        with hold(self.directory, self._displaced), self._heart:
+        with hold(self.directory, self._displaced), self._heart, self.live:
             for node in self.nodes:
                 done = storage.exists(storage.join(node.directory, "manifest.json"))
                 refused = node.stage.refusal(node.directory) if done else None
@@ -147,6 +149,7 @@ class Run:
     def _displaced(self, holder: str) -> None:
         """Another run has taken the directory, for it did not hear of this one for too long: leave it to that one."""
         self._heart.abandon()
+        self.live.abandon()
         with self._lock:
             self._failures["lease"] = f"{self.directory} was taken over by {holder} while this run could not reach it"
         self.stop()
@@ -227,6 +230,7 @@ class Run:
         try:  # everything, or a terminal that went away would leave the schedule waiting for this stage
             self.display.stage(node.name, "started")
             self._heart.started(node.name)
+            self.live.changed()
             storage.make_directory(node.directory)
             node.stage.run(self._context(node))
             if not storage.exists(storage.join(node.directory, "manifest.json")):
@@ -260,6 +264,7 @@ class Run:
             self._record()
         except OSError as error:  # the stage's own account stands; a disk that stays full is told at the end of the run
             self.display.line(f"run.json could not be written: {explain(error)}")
+        self.live.changed()
 
     def _context(self, node: Node) -> StageContext:
         by_name = {other.name: other for other in self.nodes}
@@ -276,6 +281,7 @@ class Run:
             cache_directory=self.cache_directory,
             base_directory=self.options.base_directory,
             progress=lambda done, total, note: self._progress(node.name, done, total, note),
+            measured=lambda numbers, step=None: self._measured(node.name, numbers, step),
             log=lambda line: self._log(node.name, line),
             event=lambda message, facts: self._heart.event(node.name, message, facts),
             cancelled=self.cancelled,
@@ -286,6 +292,11 @@ class Run:
     def _progress(self, name: str, done: int, total: int, note: str) -> None:
         self.display.progress(name, done, total, note)
         self._heart.progress(name, done, total, note)
+
+    def _measured(self, name: str, numbers: dict[str, Any], step: int | None) -> None:
+        self._heart.measured(name, numbers)
+        if step is not None:
+            self.live.point(name, step, numbers)
 
     def _log(self, name: str, line: str) -> None:
         self.display.stage(name, line)

@@ -49,6 +49,7 @@ class StageStatus:
     rejected: int = 0
     quarantined: int = 0
     rows_per_second: float | None = None
+    tokens_per_second: float | None = None
     seconds: float | None = None
     eta_seconds: float | None = None
     failures: int = 0
@@ -87,6 +88,7 @@ class Watch:
     def __init__(self, run_directory: str) -> None:
         self._directory = run_directory
         self._seen: dict[tuple[str, float], _Seen] = {}
+        self._finished: dict[str, Ledger] = {}  # of stages with a manifest, by directory
 
     def look(self) -> RunStatus:
         """Raises FileNotFoundError when the directory is no run."""
@@ -110,13 +112,16 @@ class Watch:
             status = state
         found = StageStatus(name, entry["kind"], status, seconds=entry.get("seconds"))
         found.failures, found.retried, found.set_aside = (told.get(key, 0) for key in ("failures", "retried", "set_aside"))
+        found.done, found.total, found.note = told.get("done"), told.get("total"), told.get("note", "")
         directory = storage.join(self._directory, entry["directory"])
-        if storage.exists(storage.join(directory, "manifest.json")):
-            _count(found, shards.load_manifest(directory).ledger)
+        if directory not in self._finished and storage.exists(storage.join(directory, "manifest.json")):
+            self._finished[directory] = shards.load_manifest(directory).ledger
+        if directory in self._finished:
+            _count(found, self._finished[directory])
             if found.seconds:
                 found.rows_per_second = (found.rows_in + found.created) / found.seconds
+            self._seen = {key: seen for key, seen in self._seen.items() if key[0] != directory}
             return found
-        found.done, found.total, found.note = told.get("done"), told.get("total"), told.get("note", "")
         started = told.get("started")
         seen = self._units(directory, started or 0.0, found)
         _count(found, seen.ledger)
@@ -125,6 +130,7 @@ class Watch:
             if found.seconds > 0:
                 found.rows_per_second = seen.fresh_rows / found.seconds
             found.eta_seconds = _left(told)
+            found.tokens_per_second = told.get("tokens_per_second")
         return found
 
     def _units(self, directory: str, started: float, found: StageStatus) -> _Seen:

@@ -100,6 +100,8 @@ def verdict(run: RunView) -> Verdict:
         tone, sentence = "bad", translated("verdict.unbalanced", stage=", ".join(dict.fromkeys(crooked)))
     elif broken:
         tone, sentence = "bad", translated("verdict.broken", stage=", ".join(broken))
+    elif run.now is not None:
+        tone, sentence = "open", translated("verdict.running", done=len(done), total=len(run.stages))
     elif len(done) < len(run.stages):
         tone, sentence = "open", translated("verdict.partial", done=len(done), total=len(run.stages))
     else:

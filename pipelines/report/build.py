@@ -8,9 +8,10 @@ style and script by their hashes forbids everything else, so that no text of a c
 from __future__ import annotations
 
 import base64
+import functools
 import hashlib
 from collections.abc import Callable
-from datetime import datetime
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ import pyarrow as pa
 from markupsafe import Markup
 
 from cluster import storage
+from pipelines.progress import clock
 from pipelines.report import (
     accounts,
     charts,
@@ -35,7 +37,7 @@ from pipelines.report import (
     spending,
     training,
 )
-from pipelines.report.view import CHOOSING_KINDS, SYNTHESIS_KINDS, TRAINING_KINDS, RunView, StageView, load_run
+from pipelines.report.view import CHOOSING_KINDS, SYNTHESIS_KINDS, TRAINING_KINDS, Now, RunView, StageView, load_run
 from pipelines.symptom_texts import NOTES, VERDICTS
 
 _HERE = Path(__file__).parent
@@ -50,15 +52,79 @@ def build_report(run_directory: str) -> str:
     Runs that failed or have not finished get a report that says so. Raises FileNotFoundError when the directory holds
     no run.json, ValueError when that is damaged.
     """
-    run = load_run(run_directory)
-    path = storage.join(run.directory, "report.html")
-    storage.write_bytes(path, render(run).encode("utf-8"))
-    return path
+    return Report(run_directory).write()
 
 
-def render(run: RunView) -> str:
-    """The page as text."""
+class Report:
+    """The report of one run, written again and again: what finished stages have left is read once."""
+
+    def __init__(self, run_directory: str) -> None:
+        self._directory = run_directory
+        self._finished: dict[str, StageView] = {}
+        self._read: dict[tuple[str, str], Any] = {}
+
+    def write(self, now: Now | None = None) -> str:
+        """Write the page and return its path; with `now` it says so and loads itself again. Raises as `build_report`."""
+        run = load_run(self._directory, now, self._finished)
+        path = storage.join(run.directory, "report.html")
+        storage.write_bytes(path, render(run, self._read).encode("utf-8"))
+        return path
+
+
+def render(run: RunView, read: dict[tuple[str, str], Any] | None = None) -> str:
+    """The page as text. `read` keeps the example rows of finished stages."""
     css, script = (_HERE / "report.css").read_text("utf-8"), (_HERE / "report.js").read_text("utf-8")
+    rows = accounts.accounts(run)
+    usages, placed = resources.usages(run)
+    diagnosed = diagnosis.diagnoses(run)
+    page = (
+        _environment()
+        .get_template("page.jinja")
+        .render(
+            **_readers({} if read is None else read),
+            run=run,
+            policy=f"{_POLICY}; style-src 'sha256-{_hash(css)}'; script-src 'sha256-{_hash(script)}'",
+            css=Markup(css),
+            script=Markup(script),
+            sections=_sections(run, diagnosed),
+            verdict=accounts.verdict(run),
+            started=_moment(run.started),
+            as_of="" if run.now is None else _moment(datetime.fromtimestamp(run.now.as_of, UTC).isoformat()),
+            problems=accounts.stage_problems(run),
+            unfinished=[stage for stage in run.stages if stage.status in ("pending", "running", "failed")],
+            figures=accounts.key_figures(run),
+            lineage=lineage.drawing(run),
+            accounts={account.stage.name: account for account in rows},
+            balances=accounts.balances(run),
+            classifier_stages=run.of_kind("quality_classifier"),
+            corpus_stages=run.of_kind("corpus", "curate"),
+            dedup_stages=run.of_kind("dedup"),
+            choosing_stages=run.of_kind(*CHOOSING_KINDS),
+            token_stages=run.of_kind("tokenizer", "pack"),
+            synthesis_stages=run.of_kind("conversations", *SYNTHESIS_KINDS),
+            preference_stages=run.of_kind("preferences", "rankings"),
+            training_stages=run.of_kind(*TRAINING_KINDS),
+            training_summaries=training.summaries(run),
+            training_compared=training.compared(run),
+            training_panels=training.panels(run),
+            training_kinds=TRAINING_KINDS,
+            evaluate_stages=run.of_kind("evaluate"),
+            diagnoses=diagnosed,
+            verdicts=VERDICTS,
+            mend_before=NOTES["mend_before"],
+            usages=usages,
+            usages_placed=placed,
+            spendings=spending.spendings(run),
+            versions=resources.versions(run),
+            gpus=_gpus(run.machine.get("gpus")),
+        )
+    )
+    return page
+
+
+@functools.cache
+def _environment() -> jinja2.Environment:
+    """The templates, compiled once: that takes four times as long as a page."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(_HERE),
         autoescape=True,
@@ -67,47 +133,8 @@ def render(run: RunView) -> str:
         lstrip_blocks=True,
         finalize=_shown,
     )
-    environment.globals.update(_functions(), **_readers())
-    rows = accounts.accounts(run)
-    usages, placed = resources.usages(run)
-    diagnosed = diagnosis.diagnoses(run)
-    page = environment.get_template("page.jinja").render(
-        run=run,
-        policy=f"{_POLICY}; style-src 'sha256-{_hash(css)}'; script-src 'sha256-{_hash(script)}'",
-        css=Markup(css),
-        script=Markup(script),
-        sections=_sections(run, diagnosed),
-        verdict=accounts.verdict(run),
-        started=_moment(run.started),
-        problems=accounts.stage_problems(run),
-        unfinished=[stage for stage in run.stages if stage.status in ("pending", "running", "failed")],
-        figures=accounts.key_figures(run),
-        lineage=lineage.drawing(run),
-        accounts={account.stage.name: account for account in rows},
-        balances=accounts.balances(run),
-        classifier_stages=run.of_kind("quality_classifier"),
-        corpus_stages=run.of_kind("corpus", "curate"),
-        dedup_stages=run.of_kind("dedup"),
-        choosing_stages=run.of_kind(*CHOOSING_KINDS),
-        token_stages=run.of_kind("tokenizer", "pack"),
-        synthesis_stages=run.of_kind("conversations", *SYNTHESIS_KINDS),
-        preference_stages=run.of_kind("preferences", "rankings"),
-        training_stages=run.of_kind(*TRAINING_KINDS),
-        training_summaries=training.summaries(run),
-        training_compared=training.compared(run),
-        training_panels=training.panels(run),
-        training_kinds=TRAINING_KINDS,
-        evaluate_stages=run.of_kind("evaluate"),
-        diagnoses=diagnosed,
-        verdicts=VERDICTS,
-        mend_before=NOTES["mend_before"],
-        usages=usages,
-        usages_placed=placed,
-        spendings=spending.spendings(run),
-        versions=resources.versions(run),
-        gpus=_gpus(run.machine.get("gpus")),
-    )
-    return page
+    environment.globals.update(_functions())
+    return environment
 
 
 def _sections(run: RunView, diagnosed: diagnosis.Diagnoses) -> list[str]:
@@ -140,6 +167,7 @@ def _functions() -> dict[str, Any]:
         "number": figures.number,
         "percent": figures.percent,
         "duration": figures.duration,
+        "clock": clock,
         "size": figures.size,
         "anchor": lineage.anchor,
         "histogram": charts.histogram,
@@ -170,14 +198,17 @@ def _functions() -> dict[str, Any]:
     }
 
 
-def _readers() -> dict[str, Any]:
+def _readers(kept: dict[tuple[str, str], Any]) -> dict[str, Any]:
     """The functions that read rows. Where a file is gone or damaged they give nothing, and the page says so."""
     unreadable: dict[str, list[str]] = {}
 
     def guarded(read: Callable[[StageView], Any], nothing: Any) -> Callable[[StageView], Any]:
         def reader(stage: StageView) -> Any:
+            key = (read.__name__, stage.directory)
             try:
-                return read(stage)
+                if key not in kept or stage.manifest is None:
+                    kept[key] = read(stage)
+                return kept[key]
             except (OSError, pa.ArrowException) as error:
                 problems = unreadable.setdefault(stage.name, [])
                 if str(error) not in problems:

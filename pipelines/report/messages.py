@@ -29,6 +29,27 @@ MESSAGES: dict[str, tuple[str, str]] = {
     # verdict
     "verdict.complete": ("Complete. Every row is accounted for.", "运行完成，每一行都有去向。"),
     "verdict.failed": ("Failed at {stage}.", "在阶段 {stage} 失败。"),
+    "verdict.running": (
+        "Running: {done} of {total} stages are done.",
+        "运行中：共 {total} 个阶段，已完成 {done} 个。",
+    ),
+    "verdict.as_of": ("as of {time} UTC", "截至 {time}（UTC）"),
+    "verdict.silent": (
+        "Nothing new has come for a while: the run may have been killed. danlu status tells.",
+        "已有一段时间没有更新：运行可能已被终止，可用 danlu status 查看。",
+    ),
+    "verdict.running_note": (
+        "This page is written again while the run goes and loads itself. Stages at work show what they have committed so far.",
+        "运行期间本页会不断更新并自动刷新。进行中的阶段显示目前已提交的数量。",
+    ),
+    "now.caption": ("Stages at work", "进行中的阶段"),
+    "now.progress": ("progress", "进度"),
+    "now.rows_per_second": ("rows/s", "行/秒"),
+    "now.tokens_per_second": ("tokens/s", "词元/秒"),
+    "now.time": ("time", "用时"),
+    "now.left": ("left", "剩余"),
+    "now.failures": ("failures", "失败"),
+    "now.retried": ("retries", "重试"),
     "verdict.partial": ("Not finished: {done} of {total} stages are done.", "尚未完成：共 {total} 个阶段，已完成 {done} 个。"),
     "verdict.unbalanced": ("The ledger does not balance at {stage}.", "阶段 {stage} 的账目不平。"),
     "verdict.broken": ("Finished, but the record of {stage} cannot be read.", "运行结束，但无法读取阶段 {stage} 的记录。"),

@@ -29,6 +29,12 @@
     if (button.dataset.mode) { setTheme(button.dataset.mode); remember("danlu.theme", button.dataset.mode); }
   });
 
+  // a page that was written long ago, though its run was at work then
+  const told = document.querySelector(".as-of");
+  if (told && Date.now() / 1000 - Number(told.dataset.asOf) > 60 + 3 * Number(told.dataset.every)) {
+    document.querySelector(".silent").hidden = false;
+  }
+
   const tip = document.getElementById("tip");
   const hide = () => tip.classList.remove("on");
   document.addEventListener("pointermove", (event) => {

@@ -62,8 +62,8 @@ def panels(run: RunView) -> list[Panel]:
 
 
 def curve(stage: StageView) -> list[dict[str, Any]]:
-    """The points of a stage that are points."""
-    points = stage.stats.get("curve", [])
+    """The points of a stage that are points; of one at work those so far."""
+    points = stage.stats.get("curve", stage.points)
     return [point for point in points if isinstance(point, dict) and isinstance(point.get("step"), int | float)]
 
 

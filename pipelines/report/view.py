@@ -3,16 +3,33 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass, field
+from datetime import datetime
 from typing import Any
 
 from cluster import storage
 from operators import shards
+from pipelines.status import RunStatus, StageStatus
 
 CHOOSING_KINDS = ("score", "select", "mix")
 SYNTHESIS_KINDS = ("self_instruct", "evol_instruct", "document_instruct", "responses")
 TRAINING_KINDS = ("pretrain", "sft", "dpo", "kto", "reward", "grpo")
 DIAGNOSIS_FILE = "diagnosis.json"  # of a run, what `danlu diagnose` found out
+
+
+@dataclass(frozen=True)
+class Now:
+    """What is known of a run at work. `as_of` is seconds since the epoch, `every_s` how often the page is written; `curves` are the
+    points of training stages so far, which no manifest holds yet."""
+
+    as_of: float
+    every_s: float
+    status: RunStatus
+    curves: Mapping[str, list[dict[str, Any]]]
+
+    def stage(self, name: str) -> StageStatus | None:
+        return next((stage for stage in self.status.stages if stage.name == name), None)
 
 
 @dataclass(frozen=True)
@@ -31,6 +48,8 @@ class StageView:
     manifest: shards.Manifest | None = None
     timings: dict[str, Any] = field(default_factory=dict)
     problem: str | None = None
+    now: StageStatus | None = None  # while the run goes
+    points: list[dict[str, Any]] = field(default_factory=list)  # of a curve that goes on
 
     @property
     def stats(self) -> dict[str, Any]:
@@ -74,6 +93,11 @@ class RunView:
     command: str
     message: str | None
     limit: int | None = None
+    now: Now | None = None
+
+    @property
+    def running(self) -> list[StageView]:
+        return [stage for stage in self.stages if stage.now is not None and stage.status == "running"]
 
     def of_kind(self, *kinds: str) -> list[StageView]:
         return [stage for stage in self.stages if stage.kind in kinds]
@@ -82,8 +106,8 @@ class RunView:
         return next(stage for stage in self.stages if stage.name == name)
 
 
-def load_run(run_directory: str) -> RunView:
-    """Read `run.json` and every manifest it leads to.
+def load_run(run_directory: str, now: Now | None = None, finished: MutableMapping[str, StageView] | None = None) -> RunView:
+    """Read `run.json` and every manifest it leads to. `finished` keeps stages with a manifest, which are not read again.
 
     Raises FileNotFoundError when there is no run.json, ValueError when it is no JSON of a run. A stage whose manifest
     is absent or damaged is part of the view, with its problem.
@@ -97,27 +121,39 @@ def load_run(run_directory: str) -> RunView:
         entries = record["stages"]
         order = [name for name in record.get("order", entries) if name in entries]
         order += [name for name in entries if name not in order]
-        stages = [_load_stage(run_directory, name, entries[name]) for name in order]
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
+        stages = [_load_stage(run_directory, name, entries[name], now, {} if finished is None else finished) for name in order]
+        started = str(record.get("started") or "")
+        seconds = float(record.get("seconds") or 0.0)
+        if now is not None:
+            seconds = max(seconds, now.as_of - datetime.fromisoformat(started).timestamp())
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is damaged ({type(error).__name__}: {error}); run the recipe again to write it anew") from error
     return RunView(
         directory=run_directory,
         name=str(record.get("recipe") or run_directory.rsplit("/", 1)[-1]),
         recipe_text=str(record.get("recipe_text") or ""),
         stages=stages,
-        started=str(record.get("started") or ""),
-        seconds=float(record.get("seconds") or 0.0),
+        started=started,
+        seconds=seconds,
         machine=dict(record.get("machine") or {}),
         command=str(record.get("command") or ""),
         message=str(record["message"]) if record.get("message") else None,
         limit=record.get("limit"),
+        now=now,
     )
 
 
-def _load_stage(run_directory: str, name: str, entry: dict[str, Any]) -> StageView:
+def _load_stage(
+    run_directory: str, name: str, entry: dict[str, Any], now: Now | None, finished: MutableMapping[str, StageView]
+) -> StageView:
     relative = str(entry.get("directory") or "")
     directory = storage.join(run_directory, relative) if relative else ""
+    if directory in finished:
+        return finished[directory]
     status = str(entry.get("status") or "pending")
+    seen = now.stage(name) if now is not None else None
+    if seen is not None and seen.status == "running" and status == "pending":
+        status = "running"  # run.json is written when stages end
     manifest, timings, problem = None, {}, entry.get("message")
     if status == "done":
         try:
@@ -125,20 +161,25 @@ def _load_stage(run_directory: str, name: str, entry: dict[str, Any]) -> StageVi
             timings = shards.load_timings(directory)
         except (OSError, ValueError, KeyError, TypeError) as error:
             status, problem = "missing", f"{type(error).__name__}: {error}"
-    return StageView(
+    view = StageView(
         name=name,
         kind=str(entry.get("kind") or "?"),
         directory=directory,
         relative=relative,
         inputs=[str(item) for item in entry.get("inputs") or []],
         status=status,
-        seconds=float(entry.get("seconds") or 0.0),
+        seconds=float(entry.get("seconds") or (seen.seconds if seen is not None and status == "running" else 0.0) or 0.0),
         reused=bool(entry.get("reused")),
         started=_number(entry.get("started", timings.get("started"))),
         manifest=manifest,
         timings=timings,
         problem=None if problem is None else str(problem),
+        now=seen,
+        points=list(now.curves.get(name, [])) if now is not None else [],
     )
+    if manifest is not None:
+        finished[directory] = view
+    return view
 
 
 def _number(value: Any) -> float | None:

@@ -85,16 +85,24 @@ class GeneratingStage(Stage):
         """A generator over the run's reply cache; the engine is asked for when the first reply is missing."""
         run = shards.run_directory(context.directory)
         settings = self.engine_settings(context)
-        return Generator(
+
+        def progress(done: int, total: int) -> None:
+            if total:
+                context.progress(done, total, "items")
+            if generator.seconds > 0:
+                context.measured({"tokens_per_second": generator.drawn.completion_tokens / generator.seconds})
+
+        generator = Generator(
             engine=lambda: context.services["engine"](settings),
             revision=engine_revision(settings, context.cache_directory),
             cache=ReplyCache(storage.join(run, ".replies"), context.stage),
             max_completion_tokens=self.max_generated_tokens,
             cancelled=context.cancelled,
-            progress=lambda done, total: context.progress(done, total, "items") if total else None,
+            progress=progress,
             keep_replies=self.keep_replies,
             max_model_len=settings.max_model_len if settings.endpoint is None else None,
         )
+        return generator
 
     def prompt_folder(self, context: StageContext) -> str | None:
         folder = getattr(self, "prompts", None)

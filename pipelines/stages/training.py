@@ -80,6 +80,7 @@ def run_job(context: StageContext, kind: str, config: dict[str, Any]) -> dict[st
         if "mfu" in metrics:
             shown.append(f"MFU {metrics['mfu']:.1%}")
         context.progress(done, total, ", ".join(shown))
+        context.measured(metrics, done)
 
     try:
         return dict(group.run({"kind": kind, "config": config, "directory": context.directory}, progress, context.cancelled.is_set))

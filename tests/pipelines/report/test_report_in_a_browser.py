@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
 
 from pipelines.report.build import build_report
+from tests.pipelines.report.browser import dom, needs_browser
 
-_BROWSER = next((path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None)
-pytestmark = pytest.mark.skipif(_BROWSER is None, reason="no Chromium on this machine (chromium, chromium-browser, google-chrome)")
+pytestmark = needs_browser
 
 _MEASURE = """
 <script>addEventListener("load", () => {
@@ -48,16 +46,6 @@ addEventListener("message", (event) => { document.getElementById("measured").tex
 </script><iframe src="measured.html" width="WIDTH" height="900" style="border: 0"></iframe>"""
 
 
-def _dom(page: Path, profile: Path, width: int) -> str:
-    assert _BROWSER is not None
-    command = [
-        _BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",
-        "--disable-component-update", "--disable-sync", f"--user-data-dir={profile}", f"--window-size={width},900",
-        "--virtual-time-budget=3000", "--dump-dom", page.as_uri(),
-    ]  # fmt: skip
-    return subprocess.run(command, capture_output=True, text=True, encoding="utf-8", timeout=120, check=True).stdout
-
-
 @pytest.fixture(scope="module")
 def report(finished_run: Path) -> Path:
     return Path(build_report(str(finished_run)))
@@ -70,8 +58,8 @@ def test_nothing_is_wider_than_the_window(report: Path, tmp_path: Path, width: i
     page.write_text(re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", html).replace("</body>", _MEASURE), "utf-8")
     frame = tmp_path / "frame.html"
     frame.write_text(_FRAME.replace("WIDTH", str(width)), "utf-8")
-    dom = _dom(frame, tmp_path / "profile", width + 100)
-    found = re.search(r'<pre id="measured">(.*?)</pre>', dom, re.DOTALL)
+    shown = dom(frame, tmp_path / "profile", width + 100)
+    found = re.search(r'<pre id="measured">(.*?)</pre>', shown, re.DOTALL)
     assert found is not None
     seen = json.loads(found.group(1).replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&"))
     for state in ("en-false", "en-true", "zh-false", "zh-true"):
@@ -90,6 +78,6 @@ def test_the_page_works_under_its_own_policy(report: Path, tmp_path: Path) -> No
     page = tmp_path / "report.html"
     intruder = "<script>document.title = 'taken'</script><style>main{display:none}</style></body>"
     page.write_text(report.read_text("utf-8").replace("</body>", intruder), "utf-8")
-    dom = _dom(page, tmp_path / "profile", 1440)
-    assert "<title>Danlu · quickstart</title>" in dom  # the intruder did not run
-    assert re.search(r'<html[^>]*data-script="on"', dom)  # our script did
+    shown = dom(page, tmp_path / "profile", 1440)
+    assert "<title>Danlu · quickstart</title>" in shown  # the intruder did not run
+    assert re.search(r'<html[^>]*data-script="on"', shown)  # our script did

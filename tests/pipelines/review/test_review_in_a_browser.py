@@ -12,10 +12,11 @@ from typing import Any
 import pytest
 
 from pipelines.review import page, sample, verdicts
-from tests.pipelines.report.test_report_in_a_browser import _BROWSER, _FRAME, _dom
+from tests.pipelines.report.browser import dom, needs_browser
+from tests.pipelines.report.test_report_in_a_browser import _FRAME
 from tests.pipelines.review.run import make_run
 
-pytestmark = pytest.mark.skipif(_BROWSER is None, reason="no Chromium on this machine (chromium, chromium-browser, google-chrome)")
+pytestmark = needs_browser
 
 _DRIVER = """
 addEventListener("securitypolicyviolation", (event) => { (window.broken ??= []).push(event.violatedDirective); });
@@ -70,7 +71,7 @@ def driven(written: Path, folder: Path, keys: str, width: int) -> dict[str, Any]
     html = written.read_text("utf-8").replace("script-src &#39;", f"script-src &#39;sha256-{digest}&#39; &#39;", 1)
     (folder / "measured.html").write_text(html.replace("</body>", f"<script>{driver}</script></body>"), "utf-8")
     (folder / "frame.html").write_text(_FRAME.replace("WIDTH", str(width)), "utf-8")
-    found = re.search(r'<pre id="measured">(.*?)</pre>', _dom(folder / "frame.html", folder / "profile", width + 110), re.DOTALL)
+    found = re.search(r'<pre id="measured">(.*?)</pre>', dom(folder / "frame.html", folder / "profile", width + 110), re.DOTALL)
     assert found is not None
     text = found.group(1).replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&")
     seen = dict(json.loads(text))
