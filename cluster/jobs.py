@@ -20,13 +20,15 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
-from cluster import storage
+from cluster import remote, storage
+from cluster.remote import PathError
 
 if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient
 
 EXCLUDES = [
     "/.git/", "/.venv/", "/.peers/", "/runs/", "/build/", "/dist/", "/benchmarks/results/",
+    ".env", ".env.*", ".netrc", "*.pem",
     "__pycache__/", "*.pyc", "*.egg-info/", ".pytest_cache/", ".mypy_cache/", ".ruff_cache/", ".hypothesis/",
 ]  # fmt: skip
 """What of the checkout stays here, in the syntax of .gitignore; Ray leaves out what .gitignore names as well."""
@@ -50,7 +52,7 @@ def submit(
     With `wait`, the job's output is written to stdout as it comes and its exit code is returned (130 when it was
     stopped); Ctrl-C leaves the job running and says how to follow and stop it. Without, returns 0 once it is accepted.
 
-    Raises ValueError for a recipe outside `working_dir` or a runs folder that the cluster cannot see, FileNotFoundError
+    Raises PathError for a recipe outside `working_dir` or a runs folder that the cluster cannot see, FileNotFoundError
     for a missing folder or recipe, PermissionError when the cluster refuses the token, ConnectionError when nothing
     answers at `address`.
     """
@@ -145,7 +147,7 @@ def command(recipe_path: str, address: str, working_dir: str, arguments: Sequenc
     if not os.path.isfile(recipe):
         raise FileNotFoundError(f"no such recipe: {recipe_path}")
     if os.path.commonpath([root, recipe]) != root:
-        raise ValueError(f"recipe {recipe_path} lies outside {working_dir}, which is all that is shipped: copy it in there")
+        raise PathError(f"recipe {recipe_path} lies outside {working_dir}, which is all that is shipped: copy it in there")
     words = ["python", "-m", "pipelines", "run", os.path.relpath(recipe, root), "--runs", visible(runs, address), *arguments]
     return shlex.join(words)
 
@@ -153,12 +155,16 @@ def command(recipe_path: str, address: str, working_dir: str, arguments: Sequenc
 def visible(runs: str, address: str) -> str:
     """The folder of runs as the job will name it: the job's own directory is thrown away with the job.
 
-    A relative path is taken from here, which only a job server on this machine sees. Raises ValueError for another one.
+    A relative path is taken from here, which only a job server on this machine sees. Raises PathError for another one, and for
+    credentials in a URI.
     """
-    if storage.is_remote(runs) or os.path.isabs(runs):
+    if storage.is_remote(runs):
+        remote.pieces(runs)  # the command line of a job is shown to whoever may list jobs
+        return runs
+    if os.path.isabs(runs):
         return runs
     if not _on_this_machine(address):
-        raise ValueError(
+        raise PathError(
             f"--runs {runs!r} is a folder of this machine: name a URI (s3://...) or an absolute path that {address} sees"
         )
     return os.path.abspath(runs)

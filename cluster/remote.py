@@ -223,17 +223,27 @@ def open_filesystem(uri: str) -> tuple[pafs.FileSystem, str]:
     Credentials come from the usual environment (`AWS_ACCESS_KEY_ID`, profiles, instance roles; Google's application default
     credentials; Hadoop's configuration). `AWS_ENDPOINT_URL_S3` or `AWS_ENDPOINT_URL` names an S3 store other than Amazon's.
 
-    Raises ValueError for credentials inside the URI and for a scheme that pyarrow does not know.
+    Raises PathError for credentials inside the URI, ValueError for a scheme that pyarrow does not know.
     """
-    scheme, _, rest = uri.partition("://")
-    host, _, path = rest.partition("/")
-    if "@" in host:
-        raise ValueError(f"{scheme}://...@{host.rpartition('@')[2]}/{path}: credentials belong in the environment, not in a path")
+    scheme, host, path = pieces(uri)
     if scheme == "s3":
         return _s3(host, *_s3_environment()), f"{host}/{path}".rstrip("/")
     if scheme in ("gs", "gcs"):
         return _gcs(), f"{host}/{path}".rstrip("/")
     return _other(scheme, host), f"/{path}"
+
+
+class PathError(ValueError):
+    """A path or URI that cannot be used as it is written: the message tells what to write instead, and no credential."""
+
+
+def pieces(uri: str) -> tuple[str, str, str]:
+    """(scheme, host or bucket, path). Raises PathError for credentials in it."""
+    scheme, _, rest = uri.partition("://")
+    host, _, path = rest.partition("/")
+    if "@" in host:
+        raise PathError(f"{scheme}://...@{host.rpartition('@')[2]}/{path}: credentials belong in the environment, not in a path")
+    return scheme, host, path
 
 
 def _s3_environment() -> tuple[str, str]:

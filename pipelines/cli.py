@@ -19,6 +19,7 @@ from typing import Any, Literal
 from rich.console import Console
 
 from cluster import storage
+from cluster.remote import PathError
 from cluster.startup import defer_pandas
 from operators.config import SettingsError
 from operators.stage import Cancelled
@@ -33,17 +34,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     defer_pandas()
     try:
         return int(parsed.run(parsed))
-    except (SettingsError, FileNotFoundError, PermissionError, NotADirectoryError) as error:
-        for line in str(error).splitlines():
-            _ERR.print(f"error: {line}", markup=False)
+    except (SettingsError, PathError, FileNotFoundError, PermissionError, NotADirectoryError) as error:
+        _complain(str(error), "error: ")
         return 2
     except OSError as error:
         from pipelines.runner import explain
 
-        _ERR.print(f"error: {explain(error)}", markup=False)
+        _complain(explain(error), "error: ")
         return 1 if error.errno == errno.ENOSPC else 2
     except KeyboardInterrupt:
         return 130
+
+
+def _complain(message: str, before: str = "") -> None:
+    """Lines for standard error, credentials taken out: what went wrong may quote what was given."""
+    from pipelines.journal import without_secrets
+
+    for line in without_secrets(message).splitlines():
+        _ERR.print(f"{before}{line}", markup=False)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -335,8 +343,7 @@ def _run(parsed: argparse.Namespace) -> int:
             for number, handler in previous.items():
                 signal.signal(number, handler)
     _OUT.print(summary_table(run.directory))
-    for line in message.splitlines():
-        _ERR.print(line, markup=False)
+    _complain(message)
     _OUT.print(storage.join(run.directory, "report.html"), markup=False)
     if waiting:  # threads that still wait on Ray would hold the process back
         sys.stdout.flush()

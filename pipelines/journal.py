@@ -117,10 +117,21 @@ def redacted(value: Any) -> Any:
         return [redacted(item) for item in value]
     if isinstance(value, bool | int | float) or value is None:
         return value
-    return _clean(str(value))
+    text = without_secrets(str(value))
+    return text if len(text) <= _MAX_TEXT else f"{text[:_MAX_TEXT]} ... ({len(text):,} characters)"
 
 
-def _clean(text: str) -> str:
+def masked(value: Any) -> Any:
+    """A plain value with credentials taken out of its texts, nothing cut: what manifests and run.json hold of a recipe."""
+    if isinstance(value, dict):
+        return {key: masked(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [masked(item) for item in value]
+    return without_secrets(value) if isinstance(value, str) else value
+
+
+def without_secrets(text: str) -> str:
+    """A text with credentials taken out."""
     for name, secret in os.environ.items():
         if len(secret) >= 6 and _SECRET_NAME.search(name) and not _NO_SECRET.match(secret) and secret in text:
             text = text.replace(secret, f"[{name}]")
@@ -129,5 +140,4 @@ def _clean(text: str) -> str:
     for start, stop in secrets.find(data):
         pieces += [data[end:start], b"[secret]"]
         end = stop
-    text = b"".join([*pieces, data[end:]]).decode("utf-8", "backslashreplace")
-    return text if len(text) <= _MAX_TEXT else f"{text[:_MAX_TEXT]} ... ({len(text):,} characters)"
+    return b"".join([*pieces, data[end:]]).decode("utf-8", "backslashreplace") if pieces else text

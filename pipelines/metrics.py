@@ -37,7 +37,10 @@ _COUNTERS: dict[str, tuple[str, _Number]] = {
 _GAUGES: dict[str, tuple[str, _Number]] = {
     "units_planned": ("Units of work in all, done ones included.", lambda s: s.total),
     "units_uncounted": ("Committed units whose rows are not in the counters yet.", lambda s: s.units_unread),
-    "rows_per_second": ("Rows committed a second since the stage began in this run.", lambda s: _running(s, s.rows_per_second)),
+    "rows_per_second": (
+        "Rows committed a second in this run.",
+        lambda s: _running(s, s.rows_per_second if s.units else None),
+    ),
     "tokens_per_second": ("Tokens trained on or generated a second.", lambda s: _running(s, s.tokens_per_second)),
     "elapsed_seconds": ("Wall time of the stage.", lambda s: s.seconds),
     "eta_seconds": ("Time to the stage's end at its pace so far.", lambda s: _running(s, s.eta_seconds)),

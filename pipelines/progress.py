@@ -9,6 +9,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
+from pipelines.journal import without_secrets
+
 _LINE_EVERY_S = 15.0
 
 
@@ -76,7 +78,7 @@ class Display:
 
     def line(self, text: str) -> None:
         """One line, with the seconds since the start."""
-        self.console.print(f"[{time.monotonic() - self._began:6.1f} s] {text}", markup=False)
+        self.console.print(f"[{time.monotonic() - self._began:6.1f} s] {without_secrets(text)}", markup=False)
 
     def stage(self, name: str, text: str) -> None:
         """A stage's change of state: always told."""

@@ -14,7 +14,7 @@ from operators.config import Settings, SettingsError, nearest, parse
 from operators.stage import Stage
 from pipelines import stages
 
-_NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$")
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}\Z")
 
 
 class Recipe(Settings):

@@ -35,7 +35,7 @@ from operators.ledger import LedgerError
 from operators.stage import Cancelled, StageContext
 from pipelines.graph import Node, plan
 from pipelines.heartbeat import Heartbeat
-from pipelines.journal import redacted
+from pipelines.journal import masked, redacted, without_secrets
 from pipelines.live import Live
 from pipelines.progress import Display
 from pipelines.recipe import Recipe
@@ -273,7 +273,7 @@ class Run:
             kind=node.stage.kind,
             directory=node.directory,
             fingerprint=node.fingerprint,
-            config=node.config,
+            config=masked(node.config),
             inputs={name: by_name[name].directory for name in node.inputs},
             seed=self.recipe.seed,
             limit=self.options.limit,
@@ -317,7 +317,7 @@ class Run:
             }
             record = {
                 "recipe": self.recipe.name,
-                "recipe_text": self.text,
+                "recipe_text": without_secrets(self.text),
                 "seed": self.recipe.seed,
                 "limit": self.options.limit,
                 "order": [node.name for node in self.nodes],

@@ -73,7 +73,12 @@ def _as_stored(path: str) -> PreTrainedModel:
     if adapters.find(path) is not None:
         return models.load(path)
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-        models.model_directory(path), local_files_only=True, trust_remote_code=False, dtype="auto", attn_implementation="sdpa"
+        models.model_directory(path),
+        local_files_only=True,
+        trust_remote_code=False,
+        use_safetensors=True,
+        dtype="auto",
+        attn_implementation="sdpa",
     )
     return model
 

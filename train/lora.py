@@ -55,6 +55,7 @@ def load_base(path: str, lora: LoraSettings | None, device: torch.device) -> Pre
         models.model_directory(path),
         local_files_only=True,
         trust_remote_code=False,
+        use_safetensors=True,
         dtype=torch.float32,
         attn_implementation="sdpa",
         device_map={"": device},

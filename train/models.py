@@ -101,7 +101,12 @@ def load(path: str) -> PreTrainedModel:
         model = load(found.base)
     else:
         model = AutoModelForCausalLM.from_pretrained(
-            model_directory(path), local_files_only=True, trust_remote_code=False, dtype=torch.float32, attn_implementation="sdpa"
+            model_directory(path),
+            local_files_only=True,
+            trust_remote_code=False,
+            use_safetensors=True,
+            dtype=torch.float32,
+            attn_implementation="sdpa",
         )
     if found is not None:
         model = adapters.merge(adapters.attach(model, found.adapter))

@@ -181,7 +181,12 @@ def _reward_model(path: str) -> PreTrainedModel | None:
     if not any(name.endswith(_CLASSIFIER) for name in described.get("architectures") or ()):
         return None
     found = AutoModelForSequenceClassification.from_pretrained(
-        directory, local_files_only=True, trust_remote_code=False, dtype=torch.float32, attn_implementation="sdpa"
+        directory,
+        local_files_only=True,
+        trust_remote_code=False,
+        use_safetensors=True,
+        dtype=torch.float32,
+        attn_implementation="sdpa",
     )
     if found.config.num_labels != 1:
         raise ValueError(f"{path} is a classifier of {found.config.num_labels} labels; a reward model has one output")

@@ -60,7 +60,11 @@ def _load(path: str, device: str, dtype: str, stamp: str) -> Loaded:
     with tempfile.TemporaryDirectory() as directory:
         try:
             model: Any = AutoModelForCausalLM.from_pretrained(
-                _local(path, directory), dtype=getattr(torch, dtype), local_files_only=True, use_safetensors=True
+                _local(path, directory),
+                dtype=getattr(torch, dtype),
+                local_files_only=True,
+                trust_remote_code=False,
+                use_safetensors=True,
             )
         except (ValueError, KeyError, OSError) as error:
             raise ValueError(f"{path} holds no causal model in safetensors: {error}") from error

@@ -186,7 +186,7 @@ class _Layout:
         """Records of the unit's range after the header; with None, from the beginning of the file."""
         unit = self.unit
         if is_compressed(unit.path) or self.wide:
-            blocks = read_blocks(unit.path)
+            blocks = read_blocks(unit.path, self.read.max_expansion if is_compressed(unit.path) else None)
             offset, blocks = _without_mark(as_utf8(blocks, self.encoding) if self.wide else blocks)
             yield from _split(self, blocks, offset, None, False)
             return

@@ -30,7 +30,7 @@ class Line:
     too_long: bool = False
 
 
-def iter_lines(unit: Unit, max_line_bytes: int, wide: str | None = None) -> Iterator[Line]:
+def iter_lines(unit: Unit, max_line_bytes: int, max_expansion: int, wide: str | None = None) -> Iterator[Line]:
     """The lines whose first byte lies in the unit's range, blank ones left out, a leading byte order mark removed.
 
     Lines end in LF or CRLF. Of a longer line than `max_line_bytes` only the beginning is kept, never the whole in memory.
@@ -38,7 +38,7 @@ def iter_lines(unit: Unit, max_line_bytes: int, wide: str | None = None) -> Iter
     Raises BrokenStream for compressed files, after the last whole line.
     """
     if is_compressed(unit.path) or wide is not None:
-        blocks = read_blocks(unit.path)
+        blocks = read_blocks(unit.path, max_expansion if is_compressed(unit.path) else None)
         yield from _split(blocks if wide is None else as_utf8(blocks, wide), 0, None, max_line_bytes)
         return
     with storage.open_input(unit.path) as stream:
@@ -93,7 +93,7 @@ def read_text_lines(unit: Unit, read: ReadSettings, rows: RowRange, batch_rows: 
     builder = BatchBuilder(TEXT_SCHEMA, batch_rows, batch_bytes)
     # In no encoding is a text more than twice as long as in UTF-8.
     longest = read.max_text_bytes if encoding == "utf-8" else 2 * read.max_text_bytes
-    yield from _read(unit, rows, builder, longest, _TextParser(unit, read, encoding), encoding)
+    yield from _read(unit, read, rows, builder, longest, _TextParser(unit, read, encoding), encoding)
 
 
 def read_jsonl(unit: Unit, read: ReadSettings, rows: RowRange, batch_rows: int, batch_bytes: int) -> Iterator[SourceBatch]:
@@ -105,7 +105,7 @@ def read_jsonl(unit: Unit, read: ReadSettings, rows: RowRange, batch_rows: int, 
     longest = 2 * read.max_text_bytes + _LINE_OVERHEAD_BYTES
     encoding = "utf-8" if read.encoding == "auto" else file_encoding(unit.path, read)
     builder = BatchBuilder(schema, batch_rows, batch_bytes)
-    yield from _read(unit, rows, builder, longest, _JsonParser(unit, read, encoding), encoding)
+    yield from _read(unit, read, rows, builder, longest, _JsonParser(unit, read, encoding), encoding)
 
 
 class _Problem(Exception):
@@ -116,9 +116,11 @@ class _Problem(Exception):
         self.reason, self.id = reason, id_
 
 
-def _read(unit: Unit, rows: RowRange, builder: BatchBuilder, longest: int, parser: Any, encoding: str) -> Iterator[SourceBatch]:
+def _read(
+    unit: Unit, read: ReadSettings, rows: RowRange, builder: BatchBuilder, longest: int, parser: Any, encoding: str
+) -> Iterator[SourceBatch]:
     row = -1
-    lines = iter_lines(unit, longest, encoding if is_wide(encoding) else None)
+    lines = iter_lines(unit, longest, read.max_expansion, encoding if is_wide(encoding) else None)
     while True:
         row += 1
         if rows.past(row):

@@ -103,6 +103,11 @@ class ReadSettings(Settings):
     pdf: PdfSettings = Field(default_factory=lambda: PdfSettings.model_validate({}), description="For pdf")
     wikipedia: WikipediaSettings = Field(default_factory=lambda: WikipediaSettings.model_validate({}), description="For wikipedia")
     max_text_bytes: int = Field(16 << 20, ge=1, le=1 << 30, description="A longer text (in UTF-8) or page is set aside as too_long")
+    max_expansion: int = Field(
+        200,
+        ge=1,
+        description="A compressed file may hold so many times its size, and 256 MiB in any case; the rest is set aside as `bomb`",
+    )
     max_unit_bytes: int = Field(64 << 20, ge=1, description="Size of a work unit in bytes, where a file can be cut")
 
     @pydantic.model_validator(mode="after")

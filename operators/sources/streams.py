@@ -13,6 +13,8 @@ import pyarrow as pa
 from cluster import storage
 
 BLOCK_BYTES = 1 << 20
+FREE_BYTES = 256 << 20
+"""What any compressed file may hold; beyond that its size counts (`max_expansion`)."""
 _XZ_MEMORY_BYTES = 256 << 20  # what `xz -9` needs is 65 MiB; a file may ask for gigabytes
 
 
@@ -21,15 +23,31 @@ class BrokenStream(Exception):
 
     def __init__(self, problem: str, reason: str, compressed_offset: int, offset: int) -> None:
         super().__init__(f"{problem} near byte {compressed_offset} of the file, after {offset} decompressed bytes")
-        self.reason = reason  # truncated or corrupt
+        self.reason = reason  # truncated, corrupt or bomb
         self.offset = offset
 
 
-def read_blocks(path: str) -> Iterator[bytes]:
+def read_blocks(path: str, max_expansion: int | None = None) -> Iterator[bytes]:
     """The decompressed content of a whole file, by its name's ending, in blocks of about 1 MiB.
 
-    Raises BrokenStream where a compressed file is truncated or corrupt.
+    Raises BrokenStream where a compressed file is truncated or corrupt, or holds more than `max_expansion` allows.
     """
+    blocks = _decompressed(path)
+    return blocks if max_expansion is None else expanding(blocks, path, max_expansion)
+
+
+def expanding(blocks: Iterator[bytes], path: str, most: int) -> Iterator[bytes]:
+    """Blocks of a file up to `most` times its size (and FREE_BYTES at least), where a decompression bomb ends as a BrokenStream."""
+    size, offset = storage.size(path), 0
+    for block in blocks:
+        offset += len(block)
+        if offset > max(FREE_BYTES, most * size):
+            problem = f"the file of {size} bytes holds more than read.max_expansion {most} times as many: a decompression bomb?"
+            raise BrokenStream(problem, "bomb", size, offset)
+        yield block
+
+
+def _decompressed(path: str) -> Iterator[bytes]:
     with storage.open_input(path) as stream:
         lowered = path.lower()
         if lowered.endswith(".gz"):

@@ -21,7 +21,7 @@ from mwparserfromhell.parser import ParserError
 from cluster import storage
 from operators.sources.batches import TEXT_SCHEMA, BadRow, BatchBuilder, RowRange, SourceBatch
 from operators.sources.settings import ReadSettings
-from operators.sources.streams import BLOCK_BYTES, BrokenStream, members, read_blocks
+from operators.sources.streams import BLOCK_BYTES, BrokenStream, expanding, members, read_blocks
 from operators.sources.units import Unit, default_source, is_compressed
 from operators.sources.wikitext import plain_text
 from operators.tables import stable_id
@@ -135,7 +135,7 @@ def read_wikipedia(unit: Unit, read: ReadSettings, rows: RowRange, batch_rows: i
     """
     builder = BatchBuilder(_SCHEMA, batch_rows, batch_bytes)
     source = read.source or default_source(unit.relative)
-    for row, item in enumerate(_pages(unit, read.max_text_bytes)):
+    for row, item in enumerate(_pages(unit, read)):
         if rows.past(row):
             break
         if rows.wants(row):
@@ -197,12 +197,12 @@ def can_be_cut(path: str) -> bool:
             return False
 
 
-def _pages(unit: Unit, limit: int) -> Iterator[tuple[_Site, _Page] | BrokenStream]:
+def _pages(unit: Unit, read: ReadSettings) -> Iterator[tuple[_Site, _Page] | BrokenStream]:
     """The pages that begin in the unit, each with its site; a break, if there is one, comes last."""
-    parser = _Parser(limit)
+    parser = _Parser(read.max_text_bytes)
     offset = 0
     try:
-        for block in _xml(unit):
+        for block in expanding(_xml(unit), unit.path, read.max_expansion):
             offset += len(block)
             parser.feed(block)
             for page in parser.pages:

@@ -128,9 +128,14 @@ def _convert(file: Path, package: _Package, target: Path) -> None:
 
     folder, name = str(file.parent), file.name
     model = AutoModelForCausalLM.from_pretrained(
-        folder, gguf_file=name, quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16
+        folder,
+        gguf_file=name,
+        quantization_config=GgufConfig(dequantize=True),
+        dtype=torch.bfloat16,
+        local_files_only=True,
+        trust_remote_code=False,
     )
-    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name)
+    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name, local_files_only=True, trust_remote_code=False)
     tokenizer.chat_template = package.chat_template
     tokenizer.model_max_length = int(model.config.max_position_embeddings)
     model.save_pretrained(target)
