@@ -13,6 +13,8 @@ from dataclasses import dataclass
 
 import psutil
 
+from cluster import token
+
 _MOST_OBJECT_STORE_BYTES = 2 << 30
 _LEAST_OBJECT_STORE_BYTES = 256 << 20
 _CONNECT_TIMEOUT_S = 10.0
@@ -43,9 +45,11 @@ def connect(address: str | None = None, cpus: int | None = None, object_store_by
     256 MiB and 2 GiB, because text never enters it. No dashboard, no usage report. A process that is connected to a Ray
     already keeps that one.
 
-    Raises ConnectionError when there is no Ray at `address`, or none can be started.
+    Raises ConnectionError when there is no Ray at `address`, or none can be started, PermissionError when it asks for another
+    token than ours (`cluster.token`).
     """
     import ray
+    from ray.exceptions import AuthenticationError
 
     global _connected_here
     if not ray.is_initialized():
@@ -53,8 +57,13 @@ def connect(address: str | None = None, cpus: int | None = None, object_store_by
         os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # what Ray's C++ core says on the driver's standard error
         if address is not None:
             _check_reachable(address)
+            token.use(on_this_machine=address == "auto")
             try:
                 ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+                ray.cluster_resources()  # a wrong token is told by the first question, not by `init`
+            except AuthenticationError:
+                ray.shutdown()
+                raise token.refusal(address) from None
             except (ConnectionError, RuntimeError, ValueError, OSError) as error:
                 raise ConnectionError(f"no Ray answers at {address!r}: {error}") from error
         else:
@@ -70,12 +79,13 @@ def connect(address: str | None = None, cpus: int | None = None, object_store_by
 def start_local(cpus: int, object_store_bytes: int) -> None:
     """`ray.init`, tried again where a busy machine takes longer than the 30 seconds that Ray allows its own servers.
 
-    On loopback: no other machine reaches its servers, and a network that comes, goes or changes its address (a laptop's,
-    a container's) does not end it.
+    With a token, and on loopback: no other machine reaches its servers, and a network that comes, goes or changes its address (a
+    laptop's, a container's) does not end it.
     """
     import ray
     from ray._private import ray_constants
 
+    token.keep_private()
     before = {child.pid for child in psutil.Process().children()}
     routed = ray_constants.ENABLE_RAY_CLUSTER
     for attempt in range(_STARTS):

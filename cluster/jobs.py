@@ -1,7 +1,6 @@
 """Running a recipe as a Ray job: the checkout is the job's working directory, its entry point `python -m pipelines run`.
 
-Where the cluster asks for a token (Ray's default for a head that was started with one), the submitter needs the same:
-`RAY_AUTH_MODE=token` with `RAY_AUTH_TOKEN_PATH` (or `~/.ray/auth_token`) on both sides, or `RAY_AUTH_MODE=disabled` on both.
+Where the cluster asks for a token (Ray's default), the submitter needs the same one: `cluster.token` says where it comes from.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
-from cluster import remote, storage
+from cluster import remote, storage, token
 from cluster.remote import PathError
 
 if TYPE_CHECKING:
@@ -184,14 +183,12 @@ def _client(address: str) -> JobSubmissionClient:
     from ray.exceptions import AuthenticationError
     from ray.job_submission import JobSubmissionClient
 
+    token.use(_on_this_machine(address))
     try:
         return JobSubmissionClient(address)
     except (AuthenticationError, RuntimeError) as error:
         if isinstance(error, AuthenticationError) or "401" in str(error) or "403" in str(error):
-            raise PermissionError(
-                f"{address} refuses us: set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH to the cluster's token "
-                f"(or RAY_AUTH_MODE=disabled, where the cluster runs without): {error}"
-            ) from error
+            raise token.refusal(address) from None
         raise
 
 

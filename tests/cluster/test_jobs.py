@@ -69,6 +69,9 @@ def _free_ports(count: int) -> list[str]:
         return [str(each.getsockname()[1]) for each in sockets]
 
 
+_GCS: dict[str, str] = {}  # ports that drivers join at, by the URL of the job server
+
+
 def _start_head(temporary: Path, token: str) -> tuple[subprocess.Popen[bytes], str] | None:
     """(the head's process, the URL of its job server) once both are up; None when Ray gave up on a busy machine."""
     gcs, dashboard, agent, agent_grpc, metrics, client = _free_ports(6)
@@ -83,6 +86,7 @@ def _start_head(temporary: Path, token: str) -> tuple[subprocess.Popen[bytes], s
     with open(log, "w") as stream:
         head = subprocess.Popen(words, stdout=stream, stderr=subprocess.STDOUT, env=environment, start_new_session=True)
     url = f"http://127.0.0.1:{dashboard}"
+    _GCS[url] = gcs
     request = urllib.request.Request(f"{url}/api/version", headers={"Authorization": f"Bearer {token}"})
     for _ in range(180):
         if head.poll() is not None:
@@ -182,16 +186,57 @@ def test_a_recipe_runs_as_a_ray_job_and_its_exit_code_comes_back(job_server: str
     assert danlu("jobs", "logs", newest["name"], "--follow").returncode == 130
 
 
+def without_token(home: Path) -> dict[str, str]:
+    """The environment of somebody who has no token."""
+    hidden = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
+    kept = {name: value for name, value in os.environ.items() if name not in hidden}
+    return kept | {"HOME": str(home), "PYTHONPATH": str(ROOT)}
+
+
 @pytest.mark.slow
-def test_a_wrong_token_is_refused_with_advice(job_server: str, tmp_path: Path) -> None:
-    """In a process of its own: Ray reads the token once."""
-    root = checkout(tmp_path / "co")
-    (tmp_path / "token").write_text("e" * 64)
-    recipe = str(root / "recipes" / "my recipe; rm x.yaml")
-    script = f"from cluster.jobs import submit\nsubmit({recipe!r}, {job_server!r}, working_dir={str(root)!r})"
-    environment = {**os.environ, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(tmp_path / "token")}
-    done = subprocess.run(
-        [sys.executable, "-c", script], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120, check=False
-    )
-    assert "PermissionError" in done.stderr
-    assert "RAY_AUTH_TOKEN_PATH" in done.stderr
+@pytest.mark.parametrize(
+    ("given", "code", "told"),
+    [
+        ({"RAY_AUTH_TOKEN": "d" * 64}, 0, ""),  # the mode need not be set besides
+        ({"RAY_AUTH_TOKEN": "e" * 64}, 2, "the one that RAY_AUTH_TOKEN names is another one"),
+        ({"RAY_AUTH_MODE": "token"}, 2, "neither RAY_AUTH_TOKEN_PATH nor RAY_AUTH_TOKEN is set"),
+        ({"RAY_AUTH_MODE": "disabled"}, 2, "RAY_AUTH_MODE=disabled sends none"),
+    ],
+)
+def test_every_command_uses_the_token_or_says_in_one_line_what_to_set(
+    given: dict[str, str], code: int, told: str, job_server: str, tmp_path: Path
+) -> None:
+    commands = [["jobs"], ["jobs", "logs", "danlu-none"], ["jobs", "stop", "danlu-none"]]
+    if code:
+        commands.append(["submit", "examples/quickstart.yaml", "--runs", str(tmp_path / "runs")])
+    for words in commands:
+        done = subprocess.run(
+            [sys.executable, "-m", "pipelines", *words, "--address", job_server],
+            cwd=ROOT, env=without_token(tmp_path) | given, capture_output=True, text=True, timeout=120, check=False,
+        )  # fmt: skip
+        said = done.stdout + done.stderr
+        if code:
+            assert done.returncode == 2 and told in done.stderr and done.stderr.count("error:") == 1, said
+        else:
+            assert done.returncode == (0 if words == ["jobs"] else 2) and "token" not in done.stderr, said
+        assert "Traceback" not in said and "d" * 64 not in said and "e" * 64 not in said, said
+
+
+@pytest.mark.slow
+def test_a_run_joins_a_cluster_with_its_token_alone_which_no_job_and_no_file_holds(job_server: str, tmp_path: Path) -> None:
+    from ray.job_submission import JobSubmissionClient
+
+    (tmp_path / "docs.jsonl").write_text('{"id": "1", "text": "a furnace"}\n')
+    (tmp_path / "tiny.yaml").write_text(RECIPE.replace("PATH", str(tmp_path / "docs.jsonl")))
+    for token, code in (("e" * 64, 2), ("d" * 64, 0)):
+        done = subprocess.run(
+            [sys.executable, "-m", "pipelines", "run", "tiny.yaml", "--address", f"127.0.0.1:{_GCS[job_server]}"],
+            cwd=tmp_path, env={**without_token(tmp_path), "RAY_AUTH_TOKEN": token}, capture_output=True, text=True, timeout=300,
+            check=False,
+        )  # fmt: skip
+        said = done.stdout + done.stderr
+        assert done.returncode == code and ("asks for its token" in said) == bool(code), said
+        assert token not in said and "Traceback" not in said, said
+    for path in tmp_path.rglob("*"):
+        assert not path.is_file() or b"d" * 64 not in path.read_bytes(), path
+    assert "d" * 64 not in str([details.dict() for details in JobSubmissionClient(job_server).list_jobs()])
