@@ -58,9 +58,10 @@ def connect(address: str | None = None, cpus: int | None = None, object_store_by
         if address is not None:
             _check_reachable(address)
             token.use(on_this_machine=address == "auto")
+            if "://" not in address and address.rpartition(":")[2].isdigit() and not token.accepted(address):
+                raise token.refusal(address)
             try:
                 ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
-                ray.cluster_resources()  # a wrong token is told by the first question, not by `init`
             except AuthenticationError:
                 ray.shutdown()
                 raise token.refusal(address) from None

@@ -51,6 +51,24 @@ def use(on_this_machine: bool) -> None:
         Config.initialize("")  # Ray reads the mode once
 
 
+def accepted(address: str, timeout_s: float = 10.0) -> bool:
+    """False when the control process at `HOST:PORT` refuses our token, or that we have none; True also where it does not answer.
+
+    Ray itself asks again every second for most of a minute and then says that nobody answered.
+    """
+    import grpc
+    from ray._raylet import AuthenticationTokenLoader  # type: ignore[attr-defined]
+
+    header = AuthenticationTokenLoader.instance().get_token_for_http_header() if os.environ.get(MODE) == "token" else {}
+    with grpc.insecure_channel(address) as channel:
+        ask = channel.unary_unary("/ray.rpc.NodeInfoGcsService/GetClusterId")
+        try:
+            ask(b"", timeout=timeout_s, metadata=[(name.lower(), value) for name, value in header.items()])
+        except grpc.RpcError as error:
+            return bool(error.code() != grpc.StatusCode.UNAUTHENTICATED)
+    return True
+
+
 def refusal(address: str) -> PermissionError:
     """What to tell when Ray at `address` refuses the token, or that there is none."""
     named = next((name for name in VARIABLES if os.environ.get(name)), None)

@@ -28,12 +28,10 @@ own = pathlib.Path.home() / ".ray" / "auth_token"
 from ray._private.authentication.authentication_utils import is_token_auth_enabled
 print(is_token_auth_enabled(), oct(own.stat().st_mode & 0o777), len(own.read_text()))
 import subprocess, sys
-stranger = "import ray; ray.init(address=%r, log_to_driver=False); ray.cluster_resources(); print('let in')" % first.address
-for number, name in enumerate([own, pathlib.Path("wrong")]):
-    name.exists() or name.write_text("e" * 64)
-    environment = {**os.environ, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(name)}
-    told = subprocess.run([sys.executable, "-c", stranger], env=environment, capture_output=True, text=True, timeout=120)
-    print(number, told.returncode == 0, "let in" in told.stdout, "AuthenticationError" in told.stderr)
+stranger = "from cluster import token; print(token.accepted(%r))" % first.address
+others = [{}, {"RAY_AUTH_TOKEN": "e" * 64}, {"RAY_AUTH_MODE": "disabled"}]
+asked = [subprocess.run([sys.executable, "-c", stranger], env={**os.environ, **other}, capture_output=True) for other in others]
+print([told.stdout.decode().strip() for told in asked])
 connect.disconnect()
 connect.disconnect()
 print(ray.is_initialized())
@@ -60,7 +58,7 @@ def test_a_local_ray_is_started_once_asks_for_a_token_and_is_ended_whatever_the_
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240, check=False
     )
-    told = ["True 3.0 True True", "True []", "True 0o600 64", "0 True True False", "1 False False True", "False"]
+    told = ["True 3.0 True True", "True []", "True 0o600 64", "['True', 'False', 'False']", "False"]
     assert done.stdout.splitlines() == told, done.stderr
 
 
