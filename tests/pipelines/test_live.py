@@ -38,20 +38,21 @@ HURRIED = (
 
 @needs_browser
 def test_a_run_at_work_shows_its_progress_in_a_browser_and_to_prometheus_and_ends_without_a_reload(tmp_path: Path) -> None:
-    write_recipe(tmp_path, wait_s=3.0, ray="false")
-    (tmp_path / "recipe.yaml").write_text((tmp_path / "recipe.yaml").read_text().replace("units: 6, wait_s: 3.0", "units: 6"))
+    write_recipe(tmp_path, wait_s=1.5, ray="false")
+    (tmp_path / "recipe.yaml").write_text((tmp_path / "recipe.yaml").read_text().replace("units: 6, wait_s: 1.5", "units: 6"))
     port = free_port()
     process = subprocess.Popen(
         [sys.executable, "-c", f"{HURRIED} cli.main(['run', 'recipe.yaml', '--metrics-port', '{port}'])"],
         cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
     )  # fmt: skip
-    report, seen, torn, ended = tmp_path / "runs" / "toy" / "report.html", set[str](), list[str](), threading.Event()
+    report, seen, torn, ended = tmp_path / "runs" / "toy" / "report.html", dict[str, str](), list[str](), threading.Event()
 
     def read_again_and_again() -> None:
         while not ended.wait(0.002):
             if report.exists():
                 html = report.read_text("utf-8")
-                seen.update(re.findall(r"(\d / \d) <span", html))
+                for progress in re.findall(r"(\d / \d) <span", html):
+                    seen.setdefault(progress, html)
                 if not html.rstrip().endswith("</html>"):
                     torn.append(html[-100:])
 
@@ -61,9 +62,9 @@ def test_a_run_at_work_shows_its_progress_in_a_browser_and_to_prometheus_and_end
     deadline = time.monotonic() + 60
     while "1 / 3" not in seen and time.monotonic() < deadline:
         time.sleep(0.05)
-    html = report.read_bytes()
+    html = seen["1 / 3"].encode()
     told = values(urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10).read().decode(), stage="a")
-    assert (told["danlu_stage_units_total"], told["danlu_stage_units_planned"], told["danlu_stage_rows_created_total"]) == (1, 3, 1)
+    assert told["danlu_stage_units_planned"] == 3 and 1 <= told["danlu_stage_units_total"] <= told["danlu_stage_rows_created_total"]
     page, asked = visited(html, tmp_path / "profile")
     assert asked == 2 and "<!-- again -->" in page, "the browser has loaded it again"
     shown = parse_table(page)
@@ -74,7 +75,7 @@ def test_a_run_at_work_shows_its_progress_in_a_browser_and_to_prometheus_and_end
     assert process.wait(60) == 0
     ended.set()
     reader.join(10)
-    assert torn == [] and {"1 / 3", "2 / 3"} <= seen
+    assert torn == [] and {"1 / 3", "2 / 3"} <= set(seen)
     page = dom(report, tmp_path / "profile")
     assert 'http-equiv="refresh"' not in page and "Complete. Every row is accounted for." in page and "as of" not in page
 
