@@ -170,6 +170,21 @@ def test_code_beside_a_checkpoint_is_never_run(model: Path) -> None:
     assert not (model / "mark").exists()
 
 
+def test_a_chat_template_reaches_nothing_of_python(model: Path) -> None:
+    from jinja2.exceptions import SecurityError, UndefinedError
+
+    from train import models
+
+    tokenizer = models.load_tokenizer(str(model))
+    for reach in (
+        "cycler.__init__.__globals__.os.system('true')",
+        "''.__class__.__mro__[1].__subclasses__()",
+        "messages.append(1)",
+    ):
+        with pytest.raises((SecurityError, UndefinedError)):
+            tokenizer.apply_chat_template([{"role": "user", "content": "x"}], chat_template=f"{{{{ {reach} }}}}", tokenize=False)
+
+
 def test_a_pickled_checkpoint_is_refused_unread(model: Path, tmp_path: Path) -> None:
     import shutil
 
