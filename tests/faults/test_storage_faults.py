@@ -149,7 +149,7 @@ def test_a_driver_killed_on_the_store_goes_on_with_the_same_command(
     process.wait()
     refused = on_store(tmp_path, store, "killed")
     assert refused.wait(60) == 2
-    assert "another run" in (log := (tmp_path / "log").read_text("utf-8")) or "held by" in log, log[-2000:]
+    assert "is in use by process" in (log := (tmp_path / "log").read_text("utf-8")), log[-2000:]
     deadline = time.monotonic() + 150
     while (again := on_store(tmp_path, store, "killed")).wait(400) == 2:
         assert time.monotonic() < deadline
