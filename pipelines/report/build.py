@@ -19,6 +19,7 @@ import pyarrow as pa
 from markupsafe import Markup
 
 from cluster import storage
+from operators import tombstones
 from pipelines.report import (
     accounts,
     charts,
@@ -85,6 +86,7 @@ def render(run: RunView) -> str:
         lineage=lineage.drawing(run),
         accounts={account.stage.name: account for account in rows},
         balances=accounts.balances(run),
+        takedowns=tombstones.records(run.directory),
         classifier_stages=run.of_kind("quality_classifier"),
         corpus_stages=run.of_kind("corpus", "curate"),
         dedup_stages=run.of_kind("dedup"),
