@@ -85,10 +85,11 @@ def forget(
         told = Takedown(run_directory, dry_run, time, reason, list(dict.fromkeys(asked)))
         told.resumed = resumed["time"] if resumed is not None else None
         _plan(run_directory, told, with_duplicates, check)
+        reported = storage.exists(storage.join(run_directory, "report.html"))
         if not dry_run:
             redo.finish(run_directory, check)
             _sweep(run_directory, lost)
-    if not dry_run and storage.exists(storage.join(run_directory, "run.json")):
+    if reported and not dry_run:
         from pipelines.report.build import build_report
 
         build_report(run_directory)
@@ -397,6 +398,8 @@ def _reopen(staging: Staging, stages: list[StageDirectory], resets: list[str]) -
 
 def _settle_reviews(staging: Staging, stages: list[StageDirectory], found: Found, resets: list[str]) -> None:
     """Samples that people judge name rows by their number: it moves up, and a forgotten row's place in the sample is emptied."""
+    if not storage.exists(storage.join(staging.run, ".review")):
+        return
     from pipelines.review import sample as review
 
     for stage in stages:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -149,11 +150,12 @@ def _clean(run: str) -> None:
 def _made(run: str, name: str, rows: list[tuple[str, str | None, list[str]]]) -> None:
     """Conversations, each of a document or of other rows, and one reject of each."""
     writer = shards.UnitWriter(f"{run}/{DIRECTORIES[name]}", 0)
-    schema = tables.CONVERSATIONS.append(pa.field("source_id", pa.string()))
+    spans = [pa.field("span_start", pa.int64()), pa.field("span_end", pa.int64())]
+    schema = pa.schema([*tables.CONVERSATIONS, pa.field("source_id", pa.string()), *spans])
     made = [
         {
-            "id": row_id, "messages": [{"role": "user", "content": f"about {row_id}"}], "source_id": source,
-            "provenance": {"parents": parents, "operation": "x"},
+            "id": row_id, "messages": [{"role": "user", "content": f"about {row_id}"}], "source_id": source, "span_start": 0,
+            "span_end": 9, "provenance": {"parents": parents, "operation": "x"},
         }
         for row_id, source, parents in rows
     ]  # fmt: skip
@@ -239,16 +241,21 @@ def contents(run: str) -> dict[str, str]:
     }
 
 
-def holds(run: str, words: str) -> list[str]:
-    """The files that hold these words, Parquet files looked into."""
-    found = []
+def words_of(run: str) -> dict[str, str]:
+    """What a reader finds in every file, Parquet files looked into."""
+    found = {}
     for entry in storage.list_all(run):
         data = storage.read_bytes(entry.path)
         if entry.relative.endswith(".parquet"):
             data = json.dumps(pq.read_table(pa.BufferReader(data)).to_pylist(), ensure_ascii=False, default=str).encode()
-        if words.encode() in data or json.dumps(words)[1:-1].encode() in data:
-            found.append(entry.relative)
+        found[entry.relative] = data.decode("utf-8", "replace")
     return found
+
+
+def holds(run: str, words: str) -> list[str]:
+    """The files that hold these words."""
+    forms = (words, json.dumps(words)[1:-1])
+    return [name for name, text in words_of(run).items() if any(form in text for form in forms)]
 
 
 def check_is_without(run: str, gone: set[str]) -> None:
@@ -318,11 +325,12 @@ def _check_measures(run: str) -> None:
 # --- tests
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(first=st.sets(st.sampled_from(IDS)), second=st.sets(st.sampled_from(IDS), min_size=1))
 def test_exactly_what_was_asked_for_goes_and_every_account_balances(first: set[str], second: set[str]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         run = make_run(f"{folder}/run")
+        storage.delete(f"{run}/report.html")  # writing it again would take most of the time
         check_is_without(run, set())
         for asked in filter(None, (first, second)):
             full = contents(run)
@@ -332,13 +340,14 @@ def test_exactly_what_was_asked_for_goes_and_every_account_balances(first: set[s
             assert (told.rows, told.stages, told.resets) == (done.rows, done.stages, done.resets)
         gone = first | second
         check_is_without(run, gone)
+        everything = "".join(words_of(run).values())
         for row_id in gone:
-            for words in (text_of(row_id), f"about p-{row_id}"):
-                assert holds(run, words) == []
-            assert [event.what for event in trace(run, row_id) if event.stage == "(run)"][:1] == ["forgotten"]
-            assert all(event.what in ("forgotten", "trained") for event in trace(run, row_id))
+            assert text_of(row_id) not in everything and f"about p-{row_id}" not in everything
+        for row_id in sorted(gone)[:2]:
+            events = trace(run, row_id)
+            assert events[0].what == "forgotten" and all(event.what in ("forgotten", "trained") for event in events)
         kept = [i for i in KEPT_IDS if i not in gone]
-        assert all(holds(run, text_of(row_id)) for row_id in kept)
+        assert all(text_of(row_id) in everything for row_id in kept)
         assert not storage.exists(f"{run}/.forget") and sum(clean(run).files.values()) == 0
 
 
@@ -442,12 +451,13 @@ def dying(monkeypatch: pytest.MonkeyPatch) -> Callable[[int | None, bool], list[
     return arm
 
 
+@pytest.mark.parametrize("every", [11, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_takedown_that_is_killed_at_any_step_is_finished_by_the_same_command(
-    tmp_path: Path, dying: Callable[[int | None, bool], list[int]]
+    tmp_path: Path, dying: Callable[[int | None, bool], list[int]], every: int
 ) -> None:
     gone = {CLEAN_IDS[1], IDS[2], REMOVED[0]}
     made = make_run(str(tmp_path / "made"))
-    import shutil
+    storage.delete(f"{made}/report.html")
 
     def fresh(name: str) -> str:
         shutil.copytree(made, tmp_path / name)
@@ -460,7 +470,7 @@ def test_a_takedown_that_is_killed_at_any_step_is_finished_by_the_same_command(
     steps = count[0] - start
     undisturbed = contents(run)
     assert steps > 30
-    for step in range(1, steps + 1):
+    for step in sorted({*range(1, steps + 1, every), *range(steps - 6 * (every > 1), steps + 1)}):
         run = fresh(f"killed-{step}")
         dying(step, step % 2 == 0)
         with pytest.raises(Killed):
