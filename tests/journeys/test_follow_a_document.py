@@ -151,7 +151,7 @@ def test_the_same_command_again_finds_everything_done(run: Path, capfd: pytest.C
 
 @pytest.fixture(scope="module")
 def taken_down(run: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
-    """A copy of the run without four documents: an English and a Chinese one that were packed, one that dedup removed, one rejected."""
+    """A copy of the run without four documents: a packed one in each language, one that dedup removed, one rejected."""
     copy = tmp_path_factory.mktemp("takedown") / "runs" / run.name
     shutil.copytree(run, copy)
     packed = {document for row in rows(copy, "tokens") for document in row["documents"]}
@@ -171,7 +171,7 @@ def test_a_document_that_is_taken_down_is_nowhere_and_everything_else_is_as_it_w
     copy, gone = taken_down
     for name in ("web", "docs"):
         assert rows(copy, name) == [row for row in rows(run, name) if row["id"] not in gone]
-        directory, manifest = stage(copy, name)
+        manifest = stage(copy, name)[1]
         manifest.ledger.check(name)
         assert manifest.stats["funnel"][max(manifest.stats["funnel"])]["kept"] == manifest.ledger.kept
     assert sum(stage(copy, name)[1].ledger.forgotten for name in ("web", "docs")) == len(gone)
