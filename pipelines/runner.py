@@ -139,7 +139,12 @@ class Run:
 
     def _finish_takedown(self) -> None:
         """Before anything is read: a takedown that was interrupted goes through first."""
-        finished = redo.finish(self.directory, lambda: None)
+
+        def ours() -> None:
+            if "lease" in self._failures:
+                raise RunError(self._failures["lease"])
+
+        finished = redo.finish(self.directory, ours)
         if finished is not None:
             self.display.line(f"finished the takedown of {finished['time']} that was interrupted ({finished['rows']:,} rows)")
 

@@ -74,7 +74,7 @@ def _of_stage(file: str, stage: str) -> bool:
 
 def _rewrite(staging: Staging, path: str, relative: str, quotes: Quotes) -> tuple[int, int]:
     """(replies removed, replies left) of one file; it is staged anew only where one is removed."""
-    scratch = storage.scratch_file(staging.run)
+    scratch = storage.scratch_file(storage.join(staging.run, staging.folder))
     removed = left = 0
     with open(scratch, "wb") as target:
         for line in _lines(path):

@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from cluster import storage
-from operators import shards
+from operators import shards, tombstones
 
 _BATCH_ROWS = 65_536
 _PASSAGE = r"#\d+-\d+$"  # what a chunk's name has after the id of its document (operators.synthesis.documents.passage)
@@ -368,4 +368,4 @@ def duplicates(stages: list[StageDirectory], ids: set[str]) -> list[str]:
                 found |= set(batch["id"].filter(pa.array(named)).to_pylist())
                 for name in ("match_id", "kept_id"):
                     found |= set(batch[name].filter(pa.array(own)).to_pylist())
-    return sorted(found - ids - {None})
+    return sorted(name for name in found - ids if name is not None and not name.startswith(tombstones.MARK))
