@@ -412,12 +412,24 @@ def _settle_reviews(staging: Staging, stages: list[StageDirectory], found: Found
             moved = replace(item, items=tuple(_moved(row, gone, found.ids) for row in item.items))
             target = storage.join(review.place(stage.path), "samples", f"{item.name}.json")[len(staging.run.rstrip("/")) + 1 :]
             staging.replace(target, moved.to_json())
+        for entry in storage.list_beside(storage.join(review.place(stage.path), "verdicts")):
+            verdicts = [json.loads(line) for line in storage.read_bytes(entry.path).decode("utf-8", "surrogatepass").splitlines()]
+            if any(verdict["id"] in found.ids for verdict in verdicts):
+                data = "".join(json.dumps(_unsaid(verdict, found.ids), ensure_ascii=False) + "\n" for verdict in verdicts)
+                staging.replace(entry.path[len(staging.run.rstrip("/")) + 1 :], data.encode("utf-8", "surrogatepass"))
 
 
 def _moved(item: Any, gone: np.ndarray, ids: set[str]) -> Any:
     if item.id in ids:
         return replace(item, id=tombstones.MARK + tombstones.hashed(item.id), row=-1)
     return replace(item, row=item.row - int(np.searchsorted(gone, item.row)))
+
+
+def _unsaid(verdict: dict[str, Any], ids: set[str]) -> dict[str, Any]:
+    """A verdict on a forgotten row without its id and its note, which may quote it."""
+    if verdict["id"] not in ids:
+        return verdict
+    return {**verdict, "id": tombstones.MARK + tombstones.hashed(verdict["id"]), "note": ""}
 
 
 def _ordinals(stages: list[StageDirectory], stage: StageDirectory, found: Found) -> np.ndarray:

@@ -29,6 +29,8 @@ from pipelines.forget import redo
 from pipelines.forget.replies import Quotes
 from pipelines.forget.takedown import Takedown, forget, lines
 from pipelines.review import sample as review
+from pipelines.review.findings import findings
+from pipelines.review.verdicts import import_files
 from pipelines.runner import hold
 from pipelines.status import Watch
 from pipelines.trace import trace
@@ -544,7 +546,9 @@ def test_a_conversation_that_was_forgotten_is_not_read_again(tmp_path: Path) -> 
         for n in range(4)
     ]
     (tmp_path / "chat.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    (tmp_path / "recipe.yaml").write_text("name: chat\nstages: {chat: {kind: conversations, path: chat.jsonl}}\n", encoding="utf-8")
+    (tmp_path / "recipe.yaml").write_text(
+        "name: chat\nstages: {chat: {kind: conversations, format: messages, path: chat.jsonl}}\n", encoding="utf-8"
+    )
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path)
         assert main(["run", "recipe.yaml", "--runs", "runs"]) == 0
@@ -564,14 +568,26 @@ def test_a_sample_for_review_keeps_its_places_and_finds_its_rows(tmp_path: Path)
     directory = f"{run}/{DIRECTORIES['pairs']}"
     sample = review.draw(directory, 6)
     review.keep(directory, sample)
-    forget(run, [CLEAN_IDS[1], CLEAN_IDS[4]])
+    said = [
+        {"sample": sample.name, "item": number, "id": item.id, "verdict": "accept", "reviewer": "王", "note": f"note on {item.id}"}
+        for number, item in enumerate(sample.items)
+    ]
+    given = tmp_path / "verdicts.jsonl"
+    given.write_text("".join(json.dumps(verdict, ensure_ascii=False) + "\n" for verdict in said), encoding="utf-8")
+    import_files(directory, [str(given)], None, False)
+    assert findings(directory).total.judged == len(said)
+    asked = [sample.items[0].id, sample.items[3].id, CLEAN_IDS[1]]
+    forget(run, asked)
     (after,) = review.kept(directory)
     assert [item.id for item in after.items if item.row >= 0] == [
-        item.id for item in sample.items if item.id not in (f"p-{CLEAN_IDS[1]}", f"p-{CLEAN_IDS[4]}")
+        item.id for item in sample.items if item.id not in (*asked, f"p-{CLEAN_IDS[1]}")
     ]
     ids = ids_of(run, "pairs")
     for item, was in zip(after.items, sample.items, strict=True):
-        assert item.row == -1 and item.id.startswith("forgotten:") if was.id not in ids else ids[item.row] == item.id == was.id
+        assert (item.row == -1 and item.id.startswith("forgotten:")) if was.id not in ids else ids[item.row] == item.id == was.id
+
+    assert findings(directory).total.judged == sum(item.row >= 0 for item in after.items) <= len(said) - 2
+    assert all(f"note on {row_id}" not in "".join(words_of(run).values()) for row_id in asked)
 
 
 def test_a_run_on_an_object_store_is_treated_alike(line: Line, tmp_path: Path) -> None:
