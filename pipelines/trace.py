@@ -60,9 +60,11 @@ def _forgotten(takedown: dict[str, Any], row_id: str) -> Event:
     why = f" ({takedown['reason']})" if takedown["reason"] else ""
     made = "" if tombstones.hashed(row_id) in takedown["ids"] else ", with a row that it was made from"
     models = [
-        f"{model['stage']} ({model['samples']} samples)" if model["samples"] else model["stage"] for model in takedown["models"]
+        f"{model['relative']} ({model['samples']} samples)" if model["samples"] else model["relative"]
+        for model in takedown["models"]
     ]
-    saw = f"; seen by {', '.join(models)}" if models else ""
+    whose = "seen by" if len(takedown["ids"]) == 1 else f"of its {len(takedown['ids']):,} ids some were seen by"
+    saw = f"; {whose} {', '.join(models)}" if models else ""
     return Event("(run)", "forgotten", f"on {takedown['time']}{why}{made}{saw}")
 
 

@@ -76,7 +76,7 @@ class Found:
 
 
 def directories(run_directory: str) -> list[StageDirectory]:
-    """Every stage directory, those of run.json first and in its order, inputs before what reads them.
+    """Every stage directory, every one after those that it reads.
 
     Raises FileNotFoundError when the directory is no run.
     """
@@ -98,7 +98,18 @@ def directories(run_directory: str) -> list[StageDirectory]:
             kind = str(entry.get("kind", "unknown"))
             inputs = [record["stages"][name]["directory"] for name in entry.get("inputs", [])]
         found.append(StageDirectory(stage, relative, present[relative], kind, manifest, inputs, relative in named))
-    return found
+    return _inputs_first(found)
+
+
+def _inputs_first(stages: list[StageDirectory]) -> list[StageDirectory]:
+    """In the order given, but every directory after those that it reads."""
+    ordered: dict[str, StageDirectory] = {}
+    waiting = {stage.relative: stage for stage in stages}
+    while waiting:
+        ready = [stage for stage in waiting.values() if not set(stage.inputs) & (waiting.keys() - {stage.relative})]
+        for stage in ready or list(waiting.values()):  # a cycle cannot be, but must not hang
+            ordered[stage.relative] = waiting.pop(stage.relative)
+    return list(ordered.values())
 
 
 def search(stages: list[StageDirectory], asked: list[str]) -> Found:

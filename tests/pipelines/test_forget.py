@@ -395,7 +395,7 @@ def test_what_is_told_of_a_document_its_copies_its_model_and_what_is_begun_anew(
     assert f"model {DIRECTORIES['base']} (pretrain) saw it in 2 samples" in english and "never-seen" in english
     assert f"模型 {DIRECTORIES['base']}（pretrain）在 2 个样本中见过它" in chinese and REMOVED[0] in chinese
     (event, *_) = trace(run, row_id)
-    assert "ticket 7" in event.detail and "seen by base (2 samples)" in event.detail
+    assert "ticket 7" in event.detail and f"of its 2 ids some were seen by {DIRECTORIES['base']} (2 samples)" in event.detail
     assert "with a row that it was made from" in trace(run, f"p-{row_id}")[0].detail
     assert trace(run, "never-seen")[0].what == "forgotten"
     record = storage.read_bytes(f"{run}/forgotten/00000001.json")
@@ -426,9 +426,12 @@ def test_a_second_takedown_of_the_same_id_says_when_it_was_forgotten(tmp_path: P
 def test_superseded_fingerprints_and_committed_units_of_an_unfinished_corpus_are_rewritten_too(tmp_path: Path) -> None:
     run = make_run(str(tmp_path / "run"))
     done, old, unfinished = (f"{run}/web/{mark * 16}" for mark in "a78")
-    for target in (old, unfinished):
-        for entry in storage.list_all(done):
+    view, old_view = (f"{run}/clean/{mark * 16}" for mark in "b7")  # the old view comes before the old corpus by name
+    for source, target in ((done, old), (done, unfinished), (view, old_view)):
+        for entry in storage.list_all(source):
             storage.write_bytes(storage.join(target, entry.relative), storage.read_bytes(entry.path))
+    manifest = storage.read_bytes(f"{old_view}/manifest.json").replace(b"a" * 16, b"7" * 16)
+    storage.write_bytes(f"{old_view}/manifest.json", manifest)
     storage.delete(f"{unfinished}/manifest.json")
     record = json.loads(storage.read_bytes(f"{run}/run.json"))
     record["stages"]["web"]["directory"] = f"web/{'8' * 16}"
@@ -439,6 +442,8 @@ def test_superseded_fingerprints_and_committed_units_of_an_unfinished_corpus_are
     forget(run, [KEPT_IDS[1]])
     assert holds(run, text_of(KEPT_IDS[1])) == []
     assert len(shards.committed_units(unfinished)) == UNITS
+    read = [i for part in shards.parts([old_view]) for _, rows in shards.read(part, ["id"]) for i in rows["id"].to_pylist()]
+    assert read == [i for i in CLEAN_IDS if i != KEPT_IDS[1]]
     assert sum(entry["ledger"].get("forgotten", 0) for entry in shards.committed_units(unfinished).values()) == 1
 
 
