@@ -484,7 +484,7 @@ def dying(monkeypatch: pytest.MonkeyPatch) -> Callable[[int | None, bool], list[
     return arm
 
 
-@pytest.mark.parametrize("every", [11, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("every", [17, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_takedown_that_is_killed_at_any_step_is_finished_by_the_same_command(
     tmp_path: Path, dying: Callable[[int | None, bool], list[int]], every: int
 ) -> None:
@@ -503,7 +503,7 @@ def test_a_takedown_that_is_killed_at_any_step_is_finished_by_the_same_command(
     steps = count[0] - start
     undisturbed = contents(run)
     assert steps > 30
-    for step in sorted({*range(1, steps + 1, every), *range(steps - 6 * (every > 1), steps + 1)}):
+    for step in sorted({*range(1, steps + 1, every), *range(steps - 3 * (every > 1), steps + 1)}):
         run = fresh(f"killed-{step}")
         dying(step, step % 2 == 0)
         with pytest.raises(Killed):
