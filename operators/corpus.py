@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 
 from cluster import storage
-from operators import shards, tables
+from operators import shards, tables, tombstones
 from operators.chain import Chain, describe
 from operators.config import parse
 from operators.dispatch import run_units
@@ -33,7 +33,7 @@ def run_corpus(
     """Do every unit of the input that is not committed yet, then write the manifest.
 
     Units of an earlier run of this stage with the same settings and the same file content are taken over by copying, so
-    that new input files are processed alone.
+    that new input files are processed alone. Rows that were taken down from the run (operators.tombstones) are not read again.
     """
     units = plan_units(read, context.base_directory, context.limit)
     work = tables.content_hash(
@@ -42,6 +42,7 @@ def run_corpus(
     keys = {unit.index: tables.content_hash([unit.key, work]) for unit in units}
     done = shards.committed_numbers(context.directory)
     adopted = _adopt(context.directory, {index: key for index, key in keys.items() if index not in done})
+    forgotten = tombstones.files(shards.run_directory(context.directory))
     todo = [
         {
             "unit": unit.to_json(),
@@ -51,6 +52,7 @@ def run_corpus(
             "key": keys[unit.index],
             "batch_rows": batch_rows,
             "measure": measure,
+            "forgotten": forgotten,
         }
         for unit in units
         if unit.index not in done and unit.index not in adopted
@@ -105,7 +107,16 @@ def run_unit(task: Task, report: Report) -> dict[str, Any]:
     )
     for batch in batches:
         report.alive()
-        table, rows = batch.table, batch.rows
+        table, rows, bad = batch.table, batch.rows, batch.bad
+        if given.get("forgotten"):  # absent where a unit is run by itself
+            table, stays = tombstones.without(table, given["forgotten"])
+            left = [
+                row for row, gone in zip(bad, tombstones.mask([row.id for row in bad], given["forgotten"]), strict=True) if not gone
+            ]
+            gone = int((~stays).sum()) + len(bad) - len(left)
+            rows, bad = rows[stays], left
+            ledger.rows_in += gone
+            ledger.forgotten += gone
         guilty = np.isin(rows, aside)
         healthy, healthy_rows = (table.filter(pa.array(~guilty)), rows[~guilty]) if guilty.any() else (table, rows)
         if healthy.num_rows:
@@ -113,7 +124,7 @@ def run_unit(task: Task, report: Report) -> dict[str, Any]:
                 result = chain.run(healthy)
         if writer is None:
             continue
-        ledger.rows_in += len(rows) + len(batch.bad)
+        ledger.rows_in += len(rows) + len(bad)
         if healthy.num_rows:
             if result.measures is not None:
                 writer.measure(placed(result.measures, ledger.kept, ledger.rejected.total() + ledger.quarantined))
@@ -123,11 +134,11 @@ def run_unit(task: Task, report: Report) -> dict[str, Any]:
             merge_stats(stats, {"funnel": result.funnel, **describe(result.kept)})
             for rejects in result.rejects:
                 writer.reject(rejects)
-        unwanted = _unreadable([row for row in batch.bad if row.unwanted], read)
+        unwanted = _unreadable([row for row in bad if row.unwanted], read)
         if unwanted:
             ledger.rejected.update(_reasons(unwanted))
             writer.reject(tables.rejects_table(unwanted))
-        unhealthy = _unreadable([row for row in batch.bad if not row.unwanted], read) + _crashed(
+        unhealthy = _unreadable([row for row in bad if not row.unwanted], read) + _crashed(
             table.filter(pa.array(guilty)), rows[guilty], task.set_aside
         )
         if unhealthy:

@@ -1,4 +1,4 @@
-"""The account of rows: rows in + rows created = rows kept + rows rejected + rows quarantined, checked at commit."""
+"""The account of rows: rows in + rows created = rows kept + rejected + quarantined (+ forgotten), checked at commit."""
 
 from __future__ import annotations
 
@@ -14,13 +14,15 @@ class LedgerError(RuntimeError):
 
 @dataclass
 class Ledger:
-    """Counts of rows. `rejected` is keyed by `operator:reason`; `quarantined` rows could not be read or crashed their reader."""
+    """Counts of rows. `rejected` is keyed by `operator:reason`; `quarantined` rows could not be read or crashed their reader;
+    `forgotten` rows were taken down (`danlu forget`), after the stage had written them or when it read them again."""
 
     rows_in: int = 0
     created: int = 0
     kept: int = 0
     rejected: Counter[str] = field(default_factory=Counter)
     quarantined: int = 0
+    forgotten: int = 0
 
     def add(self, other: Ledger) -> None:
         self.rows_in += other.rows_in
@@ -28,14 +30,16 @@ class Ledger:
         self.kept += other.kept
         self.rejected.update(other.rejected)
         self.quarantined += other.quarantined
+        self.forgotten += other.forgotten
 
     def check(self, where: str) -> None:
         """Raises LedgerError, with both sides of the equation, when the account does not balance."""
-        left, right = self.rows_in + self.created, self.kept + self.rejected.total() + self.quarantined
+        left, right = self.rows_in + self.created, self.kept + self.rejected.total() + self.quarantined + self.forgotten
         if left != right:
+            forgotten = f" + forgotten {self.forgotten}" if self.forgotten else ""
             raise LedgerError(
                 f"{where}: the ledger does not balance: in {self.rows_in} + created {self.created} = {left}, but "
-                f"kept {self.kept} + rejected {self.rejected.total()} + quarantined {self.quarantined} = {right}"
+                f"kept {self.kept} + rejected {self.rejected.total()} + quarantined {self.quarantined}{forgotten} = {right}"
             )
 
     def to_json(self) -> dict[str, Any]:
@@ -45,11 +49,14 @@ class Ledger:
             "kept": self.kept,
             "rejected": dict(sorted(self.rejected.items())),
             "quarantined": self.quarantined,
+            **({"forgotten": self.forgotten} if self.forgotten else {}),  # what was never taken down has no such account
         }
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Ledger:
-        return cls(data["in"], data["created"], data["kept"], Counter(data["rejected"]), data["quarantined"])
+        return cls(
+            data["in"], data["created"], data["kept"], Counter(data["rejected"]), data["quarantined"], data.get("forgotten", 0)
+        )
 
 
 @dataclass(frozen=True)

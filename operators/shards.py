@@ -20,6 +20,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import resource
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -386,6 +387,11 @@ class Entries(Sequence[dict[str, Any]]):
 
 def save_manifest(directory: str, manifest: Manifest) -> None:
     """Write manifest.json, after the lists of it that are too long to stand in it."""
+    storage.write_bytes(storage.join(directory, "manifest.json"), manifest_bytes(directory, manifest))
+
+
+def manifest_bytes(directory: str, manifest: Manifest) -> bytes:
+    """What is to stand in manifest.json; lists that are too long for it are written beside it, under the name of their content."""
     data = manifest.to_json()
     for name in _LISTS:
         entries = data[name]
@@ -398,7 +404,7 @@ def save_manifest(directory: str, manifest: Manifest) -> None:
         digest = storage.sha256_of(scratch)
         data[name] = {"parquet": f"manifest.{name}-{digest[:12]}.parquet", "sha256": digest, "entries": len(entries)}
         storage.publish(scratch, storage.join(directory, data[name]["parquet"]))
-    storage.write_bytes(storage.join(directory, "manifest.json"), _json(data))
+    return _json(data)
 
 
 def listed_beside(directory: str, record: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -478,6 +484,19 @@ def _resolve(directory: str) -> Iterator[tuple[str, int, str | None, int]]:
     for part in manifest.view:
         bitmap = storage.join(directory, part["removed"]) if part["removed"] else None
         yield storage.join(run, part["path"]), part["rows"], bitmap, part["removed_rows"]
+
+
+_FINGERPRINT = re.compile(r"[0-9a-f]{16}\Z")
+
+
+def stage_directories(run: str) -> list[str]:
+    """Every `RUN/STAGE/FINGERPRINT`, in order: those of the recipe as it is, and those that it has left behind."""
+    return [
+        directory
+        for stage in storage.list_directories(run)
+        for directory in storage.list_directories(stage)
+        if _FINGERPRINT.match(directory.rsplit("/", 1)[1])
+    ]
 
 
 def run_directory(stage_directory: str) -> str:

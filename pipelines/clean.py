@@ -18,9 +18,9 @@ from cluster import storage
 from cluster.storage import FileEntry
 from operators import shards
 from operators.config import SettingsError, nearest
+from pipelines.forget import redo
 from pipelines.runner import hold
 
-_FINGERPRINT = re.compile(r"^[0-9a-f]{16}$")
 _TEMPORARY = re.compile(r"^\..+[.-][0-9a-f]{32}$")  # storage.write_bytes before the rename, and probes of a lease's age
 _SCRATCH_FILE = re.compile(r"^[0-9a-f]{32}$")
 _BY_CONTENT = re.compile(r"^\d{8}(-\d{3})?-[0-9a-f]{12}\.(parquet|bits)$")
@@ -67,28 +67,31 @@ def clean(run_directory: str, *, dry_run: bool = False, superseded: bool = False
     found = Cleaning(run_directory, dry_run)
     lost: list[str] = []
     with hold(run_directory, lost.append):
+        if dry_run and redo.pending(run_directory) is not None:
+            raise SettingsError(f"{run_directory}: a takedown was interrupted; clean without --dry-run finishes it first")
+        if not dry_run:
+            redo.finish(run_directory, lambda: _still_ours(run_directory, lost))
         record = json.loads(storage.read_bytes(path))
-        stages = [
-            directory
-            for stage in storage.list_directories(run_directory)
-            for directory in storage.list_directories(stage)
-            if _FINGERPRINT.match(_name(directory))
-        ]
+        stages = shards.stage_directories(run_directory)
         going = _superseded(run_directory, record, stages, older, found) if superseded else []
-        for entry in _loose(run_directory):
-            _remove(entry, TEMPORARY if _TEMPORARY.match(_name(entry.path)) else SCRATCH, found, lost)
-        for directory in stages:
-            if directory in going:
-                _remove_tree(directory, run_directory, found, lost)
-                continue
-            for kind, entry in _stray(directory):
-                _remove(entry, kind, found, lost)
-            if not dry_run:
-                for folder in _empty(directory):
-                    storage.delete(folder)
-        if not dry_run and found.files[SCRATCH]:
-            storage.delete(storage.join(run_directory, _TRAINING))
+        for directory in going:
+            _remove_tree(directory, run_directory, found, lost)
+        sweep(run_directory, [directory for directory in stages if directory not in going], found, lost)
     return found
+
+
+def sweep(run_directory: str, stages: Sequence[str], found: Cleaning, lost: list[str]) -> None:
+    """Remove what no record of these stage directories names, and temporary files of the run. The caller holds the run."""
+    for entry in _loose(run_directory):
+        _remove(entry, TEMPORARY if _TEMPORARY.match(_name(entry.path)) else SCRATCH, found, lost)
+    for directory in stages:
+        for kind, entry in _stray(directory):
+            _remove(entry, kind, found, lost)
+        if not found.dry_run:
+            for folder in _empty(directory):
+                storage.delete(folder)
+    if not found.dry_run and found.files[SCRATCH]:
+        storage.delete(storage.join(run_directory, _TRAINING))
 
 
 def _name(path: str) -> str:

@@ -219,6 +219,21 @@ def _parser() -> argparse.ArgumentParser:
     clean.add_argument("--json", action="store_true", help="print one JSON object instead of lines")
     clean.set_defaults(run=_clean)
 
+    forget = commands.add_parser("forget", help="take documents out of a run, with all made from them", description=_forget.__doc__)
+    forget.add_argument("directory", metavar="RUN", help="a run's directory, e.g. runs/quickstart")
+    forget.add_argument("id", nargs="*", metavar="ID", help="ids of documents, conversations or pairs")
+    forget.add_argument("--ids", metavar="FILE", help="further ids, one a line (UTF-8)")
+    forget.add_argument("--dry-run", action="store_true", help="only tell what would go, and which models saw it")
+    forget.add_argument("--reason", default="", metavar="TEXT", help="kept with the takedown, e.g. a ticket's number")
+    forget.add_argument(
+        "--with-duplicates",
+        action="store_true",
+        help="also the rows that dedup removed as copies of these, or kept instead of them",
+    )
+    forget.add_argument("--lang", choices=["en", "zh"], help="language of the output (default: the locale's)")
+    forget.add_argument("--json", action="store_true", help="print one JSON object instead of lines")
+    forget.set_defaults(run=_forget)
+
     submit = commands.add_parser("submit", help="run a recipe as a Ray job on a cluster", description=_submit.__doc__)
     _run_options(submit)
     submit.add_argument("--address", required=True, metavar="URL", help="the cluster's job server, e.g. http://127.0.0.1:8265")
@@ -550,6 +565,28 @@ def _clean(parsed: argparse.Namespace) -> int:
         for line in lines(found):
             _OUT.print(line, markup=False)
     return 0
+
+
+def _forget(parsed: argparse.Namespace) -> int:
+    """Take documents out of a run: rewrite the files that hold them or rows that were made from them, keep them out of what the run
+    reads later, and list the models that saw them. May be killed at any time; the next command on the run finishes it. Exit code 0
+    when all ids were found (now or by an earlier takedown), 1 when some were not, 2 for wrong usage or a run at work."""
+    import json
+
+    from pipelines.forget.takedown import forget, lines
+
+    ids = list(parsed.id)
+    if parsed.ids is not None:
+        text = storage.read_bytes(storage.absolute(parsed.ids, os.getcwd())).decode("utf-8")
+        ids += [line.strip() for line in text.splitlines() if line.strip()]
+    directory = storage.absolute(parsed.directory, os.getcwd())
+    told = forget(directory, ids, dry_run=parsed.dry_run, reason=parsed.reason, with_duplicates=parsed.with_duplicates)
+    if parsed.json:
+        print(json.dumps(told.to_json(), ensure_ascii=False))
+    else:
+        for line in lines(told, _language(parsed.lang)):
+            _OUT.print(line, markup=False)
+    return 1 if told.not_found else 0
 
 
 def _stats(parsed: argparse.Namespace) -> int:

@@ -33,6 +33,7 @@ from operators import shards
 from operators.config import SettingsError
 from operators.ledger import LedgerError
 from operators.stage import Cancelled, StageContext
+from pipelines.forget import redo
 from pipelines.graph import Node, plan
 from pipelines.heartbeat import Heartbeat
 from pipelines.journal import masked, redacted, without_secrets
@@ -94,6 +95,7 @@ class Run:
         """Run everything that is not done. Raises SettingsError, FileNotFoundError, OSError, RunError or Cancelled."""
         self.nodes = plan(self.recipe, self.directory, self.options.base_directory, self.options.limit)
         with hold(self.directory, self._displaced), self._heart, self.live:
+            self._finish_takedown()
             for node in self.nodes:
                 done = storage.exists(storage.join(node.directory, "manifest.json"))
                 refused = node.stage.refusal(node.directory) if done else None
@@ -136,6 +138,17 @@ class Run:
         if self._failures:
             raise RunError("\n".join(self._failures.values()))
         return self.directory
+
+    def _finish_takedown(self) -> None:
+        """Before anything is read: a takedown that was interrupted goes through first."""
+
+        def ours() -> None:
+            if "lease" in self._failures:
+                raise RunError(self._failures["lease"])
+
+        finished = redo.finish(self.directory, ours)
+        if finished is not None:
+            self.display.line(f"finished the takedown of {finished['time']} that was interrupted ({finished['rows']:,} rows)")
 
     def _lost(self, message: str) -> None:
         """Record that Ray is gone: running stages go back to pending, for they will go on from their units."""
@@ -498,6 +511,7 @@ def account(directory: str) -> str:
     ledger, stats = manifest.ledger, manifest.stats
     words = [("in", ledger.rows_in), ("created", ledger.created), ("kept", ledger.kept)]
     words += [("rejected", ledger.rejected.total()), ("quarantined", ledger.quarantined)]
+    words += [("forgotten", ledger.forgotten)]
     told = ", ".join(f"{word} {count:,}" for word, count in words if count or word == "kept")
     if "completion_tokens" in stats:
         told += f"; {stats['calls']:,} calls, {stats['prompt_tokens']:,} tokens in, {stats['completion_tokens']:,} out"

@@ -19,7 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from cluster import storage
-from operators import shards
+from operators import shards, tombstones
 from operators.ledger import Ledger
 from pipelines import heartbeat
 from pipelines.holder import Holder, look
@@ -48,6 +48,7 @@ class StageStatus:
     kept: int = 0
     rejected: int = 0
     quarantined: int = 0
+    forgotten: int = 0
     rows_per_second: float | None = None
     tokens_per_second: float | None = None
     seconds: float | None = None
@@ -68,6 +69,7 @@ class RunStatus:
     holder: Holder | None
     updated: float | None
     stages: list[StageStatus]
+    takedowns: list[dict[str, Any]] = field(default_factory=list)  # time, reason, ids and rows of each
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -103,7 +105,11 @@ class Watch:
         stages = [self._stage(name, record["stages"][name], beat, state) for name in record["order"]]
         message = beat.get("message") or record.get("message") or ""
         last = holder if holder is not None and holder.alive else _last_holder(beat) or holder
-        return RunStatus(self._directory, record["recipe"], state, message, last, beat.get("updated"), stages)
+        takedowns = [
+            {"time": item["time"], "reason": item["reason"], "ids": len(item["ids"]), "rows": item["rows"]}
+            for item in tombstones.records(self._directory)
+        ]
+        return RunStatus(self._directory, record["recipe"], state, message, last, beat.get("updated"), stages, takedowns)
 
     def _stage(self, name: str, entry: dict[str, Any], beat: dict[str, Any], state: str) -> StageStatus:
         told: dict[str, Any] = beat.get("stages", {}).get(name, {})
@@ -160,7 +166,7 @@ def _ledgers(entries: list[storage.FileEntry]) -> Iterator[tuple[storage.FileEnt
 
 def _count(found: StageStatus, ledger: Ledger) -> None:
     found.rows_in, found.created, found.kept = ledger.rows_in, ledger.created, ledger.kept
-    found.rejected, found.quarantined = ledger.rejected.total(), ledger.quarantined
+    found.rejected, found.quarantined, found.forgotten = ledger.rejected.total(), ledger.quarantined, ledger.forgotten
 
 
 def _state(record: dict[str, Any], beat: dict[str, Any], holder: Holder | None) -> str:
@@ -223,5 +229,8 @@ def table(status: RunStatus) -> Group:
     unread = sum(stage.units_unread for stage in status.stages)
     if unread:
         lines.append(Text(f"the rows of {unread:,} more units are not counted yet (--watch goes on reading)"))
+    for item in status.takedowns:
+        why = f" ({item['reason']})" if item["reason"] else ""
+        lines.append(Text(f"forgotten on {item['time']}{why}: {item['ids']:,} ids, {item['rows']:,} rows"))
     lines += [Text(line) for line in status.message.splitlines()]
     return Group(*lines)

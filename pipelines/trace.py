@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from cluster import storage
-from operators import shards
+from operators import shards, tombstones
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Event:
     """One thing that happened to the row in one stage."""
 
     stage: str
-    what: str  # kept, made, rejected, quarantined, removed, cut, packed, trained, parent
+    what: str  # kept, made, rejected, quarantined, removed, represents, cut, packed, trained, forgotten
     detail: str
 
 
@@ -34,7 +34,7 @@ def trace(run_directory: str, row_id: str) -> list[Event]:
     if not storage.exists(path):
         raise FileNotFoundError(f"{run_directory} is no run: it has no run.json (a run is e.g. runs/quickstart)")
     record = json.loads(storage.read_bytes(path))
-    events: list[Event] = []
+    events = [_forgotten(takedown, row_id) for takedown in tombstones.of(run_directory, row_id)]
     sequences: dict[str, list[int]] = {}
     for name in record["order"]:
         entry = record["stages"][name]
@@ -54,6 +54,18 @@ def trace(run_directory: str, row_id: str) -> list[Event]:
         events += _removed(name, directory, manifest, row_id)
         events += _cut(name, directory, manifest, row_id)
     return events
+
+
+def _forgotten(takedown: dict[str, Any], row_id: str) -> Event:
+    why = f" ({takedown['reason']})" if takedown["reason"] else ""
+    made = "" if tombstones.hashed(row_id) in takedown["ids"] else ", with a row that it was made from"
+    models = [
+        f"{model['relative']} ({model['samples']} samples)" if model["samples"] else model["relative"]
+        for model in takedown["models"]
+    ]
+    whose = "seen by" if len(takedown["ids"]) == 1 else f"of its {len(takedown['ids']):,} ids some were seen by"
+    saw = f"; {whose} {', '.join(models)}" if models else ""
+    return Event("(run)", "forgotten", f"on {takedown['time']}{why}{made}{saw}")
 
 
 def _matches(path: str, columns: list[str], column: str, value: str) -> Iterator[tuple[int, dict[str, Any]]]:

@@ -25,7 +25,7 @@ from cluster import storage
 from operators.sources import huggingface
 from operators.sources.batches import RowRange, SourceBatch
 from operators.sources.settings import WHOLE_FILES, ReadSettings, format_by_name, format_of, is_compressed
-from operators.tables import content_hash
+from operators.tables import content_hash, stable_id
 
 __all__ = ["ReadSettings", "Unit", "file_identities", "find_files", "format_of", "is_compressed", "plan_units", "read_unit"]
 
@@ -33,6 +33,9 @@ HASHED_FILE_BYTES = 64 << 20  # of larger files only samples are hashed: the who
 _SAMPLE_BYTES = 64 << 10
 _IDENTITIES_AT_ONCE = 16
 _MAX_FILES_A_UNIT = 512
+_CLOSING = 16
+"""A unit of whole small files that is an eighth full ends with a file whose name's hash this divides. So where units end depends
+on names near by, and a file that comes, goes or changes its size changes the unit that it is in and hardly ever one after that."""
 
 _READERS = {
     "warc": "operators.sources.warc:read_warc",
@@ -221,11 +224,20 @@ def _plan(read: ReadSettings, base_directory: str, keyed: bool = True) -> Iterat
                 small = []
         if one_document:
             small.append(file)
+            if _closes(small, read.max_unit_bytes):
+                yield together(small)
+                small = []
             continue
         for cut in _cuts(file, kind, read):
             yield make(file, kind, cut, identities[file])
     if small:
         yield together(small)
+
+
+def _closes(small: Sequence[InputFile], max_bytes: int) -> bool:
+    """Whether a unit of whole files ends here, full or not."""
+    filled = 8 * len(small) >= _MAX_FILES_A_UNIT or 8 * sum(file.size for file in small) >= max_bytes
+    return filled and int(stable_id(small[-1].relative)[:8], 16) % _CLOSING == 0
 
 
 def check_files(read: ReadSettings, base_directory: str) -> None:

@@ -22,6 +22,7 @@ class Account:
     kept: int
     rejected: int
     quarantined: int
+    forgotten: int = 0
 
     @property
     def left(self) -> int:
@@ -29,7 +30,7 @@ class Account:
 
     @property
     def right(self) -> int:
-        return self.kept + self.rejected + self.quarantined
+        return self.kept + self.rejected + self.quarantined + self.forgotten
 
     @property
     def balances(self) -> bool:
@@ -61,7 +62,15 @@ def accounts(run: RunView) -> list[Account]:
         if stage.manifest is not None:
             ledger = stage.manifest.ledger
             found.append(
-                Account(stage, ledger.rows_in, ledger.created, ledger.kept, sum(ledger.rejected.values()), ledger.quarantined)
+                Account(
+                    stage,
+                    ledger.rows_in,
+                    ledger.created,
+                    ledger.kept,
+                    ledger.rejected.total(),
+                    ledger.quarantined,
+                    ledger.forgotten,
+                )
             )
     return found
 

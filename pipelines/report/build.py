@@ -20,6 +20,7 @@ import pyarrow as pa
 from markupsafe import Markup
 
 from cluster import storage
+from operators import tombstones
 from pipelines.progress import clock
 from pipelines.report import (
     accounts,
@@ -96,6 +97,7 @@ def render(run: RunView, read: dict[tuple[str, str], Any] | None = None) -> str:
             lineage=lineage.drawing(run),
             accounts={account.stage.name: account for account in rows},
             balances=accounts.balances(run),
+            takedowns=tombstones.records(run.directory),
             classifier_stages=run.of_kind("quality_classifier"),
             corpus_stages=run.of_kind("corpus", "curate"),
             dedup_stages=run.of_kind("dedup"),

@@ -217,6 +217,11 @@ MESSAGES: dict[str, tuple[str, str]] = {
     "ledger.kept": ("Kept", "保留"),
     "ledger.rejected": ("Rejected", "剔除"),
     "ledger.quarantined": ("Quarantined", "隔离"),
+    "ledger.forgotten": ("Forgotten", "删除"),
+    "ledger.takedown": (
+        "Forgotten on {time}: {n} id, {rows} rows.|Forgotten on {time}: {n} ids, {rows} rows.",
+        "{time} 删除：{n} 个 id，{rows} 行。",
+    ),
     "ledger.check": ("Check", "核对"),
     "ledger.balances": ("balances", "平"),
     "ledger.differs": ("{left} against {right}", "{left} 对 {right}"),

@@ -35,15 +35,17 @@ def summary_table(run_directory: str) -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
     for title in ("stage", "kind"):
         table.add_column(title, no_wrap=True)
-    for title in ("in", "kept", "rejected", "quarantined", "time"):
+    taken = [account for account in rows.values() if account.forgotten]  # no column where nothing was taken down
+    for title in ("in", "kept", "rejected", "quarantined", *(["forgotten"] if taken else []), "time"):
         table.add_column(title, justify="right", no_wrap=True)
     table.add_column("note", overflow="fold", ratio=1)
     for stage in run.stages:
         account = rows.get(stage.name)
         counts = (
-            ["–"] * 4
+            ["–"] * (5 if taken else 4)
             if account is None
             else [number(n) for n in (account.left, account.kept, account.rejected, account.quarantined)]
+            + ([number(account.forgotten)] if taken else [])
         )
         time = duration(stage.seconds) if stage.state in ("done", "failed", "running", "interrupted") else "–"
         cells = [stage.name, stage.kind, *counts, time, _note(stage, run)]

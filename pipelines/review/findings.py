@@ -69,6 +69,8 @@ def findings(stage_directory: str, verdicts: Iterable[Verdict] | None = None, co
         sample = samples[verdict.sample]
         item = sample.items[verdict.item]
         table = sample.table
+        if item.row < 0:  # the row was taken down (pipelines.forget)
+            continue
         counts[meaning(sample.table, item, verdict.verdict)] += 1
         if verdict.verdict == SKIP or item.row in said[verdict.reviewer]:
             continue

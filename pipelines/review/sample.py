@@ -45,7 +45,8 @@ class Stratum:
 
 @dataclass(frozen=True)
 class Item:
-    """One drawn row: its ordinal in the stage, its stratum, and whether a pair is shown with the rejected reply first."""
+    """One drawn row: its ordinal in the stage (-1: it was taken down since), its stratum, and whether a pair is shown with the
+    rejected reply first."""
 
     row: int
     id: str

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from cluster import storage
-from operators import shards, tables
+from operators import shards, tables, tombstones
 from operators.config import SettingsError
 from operators.ledger import Ledger
 from operators.stage import Stage, StageContext
@@ -140,6 +140,7 @@ class ConversationsStage(Stage):
         ledger, languages, left_out = Ledger(), Counter[str](), Counter[str]()
         rows: list[dict[str, Any]] = []
         rejects: list[dict[str, Any]] = []
+        forgotten = tombstones.hashes(tuple(tombstones.files(shards.run_directory(context.directory))))
         named = llama_factory.named_columns(source.form) if isinstance(source.form, Dataset) else None
 
         def flush() -> None:
@@ -174,6 +175,10 @@ class ConversationsStage(Stage):
                     reject(base, item, found.reason, found.detail)
                     continue
                 for row in found:
+                    if forgotten and tombstones.hashed(row["id"]) in forgotten:
+                        ledger.rows_in += 1
+                        ledger.forgotten += 1
+                        continue
                     if self.label is not None and row["label"] != self.label:
                         reject({**base, "id": row["id"]}, item, "other_label", f"label {row['label']}")
                         continue

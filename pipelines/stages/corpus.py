@@ -24,6 +24,7 @@ class CorpusStage(Stage):
     value, each unreadable one is set aside. An operator option `"@stage"` stands for the model of that stage.
     """
 
+    version: ClassVar[int] = 2
     operational: ClassVar[frozenset[str]] = frozenset({"unit_memory_bytes", "unit_deadline_s"})
 
     kind: Literal["corpus"]

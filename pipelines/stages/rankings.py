@@ -7,7 +7,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from cluster import storage
-from operators import shards, tables
+from operators import shards, tables, tombstones
 from operators.ledger import merge_stats
 from operators.stage import Stage, StageContext
 from operators.synthesis import conversations
@@ -69,6 +69,7 @@ class RankingsStage(Stage, RankingSettings):
             batch = Account(self.kind)
             context.check_cancelled()
 
+        forgotten = tombstones.hashes(tuple(tombstones.files(shards.run_directory(context.directory))))
         try:
             for number, item in conversations.read_rows(entry.path):
                 if limit is not None and rows >= limit:
@@ -83,7 +84,11 @@ class RankingsStage(Stage, RankingSettings):
                 else:
                     given = item.get("id")
                     named = str(given) if isinstance(given, str | int) else identity
-                    batch.merge(pairs_of(item, named, entry.relative, self.author, settings))
+                    if forgotten and tombstones.hashed(named) in forgotten:
+                        batch.ledger.rows_in += 1
+                        batch.ledger.forgotten += 1
+                    else:
+                        batch.merge(pairs_of(item, named, entry.relative, self.author, settings))
                 if rows % _BATCH_ROWS == 0:
                     flush()
             flush()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from operators import shards
 from pipelines.cli import main
 from pipelines.trace import trace
 from tests.conftest import ROOT
+from train.loader import PackedTokens
 
 
 @pytest.fixture(scope="module")
@@ -145,3 +147,61 @@ def test_the_same_command_again_finds_everything_done(run: Path, capfd: pytest.C
     assert told.count("done before") == 6
     assert "starting Ray" not in told
     assert {path: path.stat().st_mtime_ns for path in run.rglob("*.parquet")} == before
+
+
+@pytest.fixture(scope="module")
+def taken_down(run: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
+    """A copy of the run without four documents: a packed one in each language, one that dedup removed, one rejected."""
+    copy = tmp_path_factory.mktemp("takedown") / "runs" / run.name
+    shutil.copytree(run, copy)
+    packed = {document for row in rows(copy, "tokens") for document in row["documents"]}
+    by_language = {lang: sorted(row["id"] for row in rows(copy, "docs") if row["lang"] == lang) for lang in ("en", "zh")}
+    directory, clean = stage(copy, "clean")
+    removed = [row["id"] for name in clean.files["removed"] for row in pq.read_table(f"{directory}/{name}").to_pylist()]
+    directory, web = stage(copy, "web")
+    rejected = pq.read_table(f"{directory}/{web.rejects[0]['name']}")["id"].to_pylist()
+    gone = [next(row for row in by_language[lang] if row in packed) for lang in ("en", "zh")] + [removed[0], rejected[0]]
+    assert main(["forget", str(copy), *gone, "--reason", "投诉 42"]) == 0
+    return copy, gone
+
+
+def test_a_document_that_is_taken_down_is_nowhere_and_everything_else_is_as_it_was(
+    run: Path, taken_down: tuple[Path, list[str]], example_data: Path
+) -> None:
+    copy, gone = taken_down
+    for name in ("web", "docs"):
+        assert rows(copy, name) == [row for row in rows(run, name) if row["id"] not in gone]
+        manifest = stage(copy, name)[1]
+        manifest.ledger.check(name)
+        assert manifest.stats["funnel"][max(manifest.stats["funnel"])]["kept"] == manifest.ledger.kept
+    assert sum(stage(copy, name)[1].ledger.forgotten for name in ("web", "docs")) == len(gone)
+    before, after = rows(run, "tokens"), rows(copy, "tokens")
+    assert len(before) == len(after)
+    for old, new in zip(before, after, strict=True):
+        assert new["documents"] == [document for document in old["documents"] if document not in gone]
+        assert (old == new) == (old["documents"] == new["documents"])
+    source = {row["id"]: row["text"] for row in pq.read_table(example_data / "documents.parquet").to_pylist()}
+    parts = [pq.read_table(path).to_pylist() for path in copy.rglob("*.parquet")]
+    everything = json.dumps(parts, ensure_ascii=False, default=str)
+    for row_id in gone[:2]:
+        words = max(source[row_id].splitlines(), key=len)[:60]
+        assert json.dumps(words, ensure_ascii=False)[1:-1] not in everything
+        assert [event.what for event in trace(str(copy), row_id)] == ["forgotten"]
+        assert "投诉 42" in trace(str(copy), row_id)[0].detail
+
+
+def test_after_a_takedown_the_run_is_done_its_measures_replay_and_training_reads_its_tokens(
+    taken_down: tuple[Path, list[str]], capfd: pytest.CaptureFixture[str]
+) -> None:
+    copy, _ = taken_down
+    assert main(["decide", str(copy)]) == 0
+    assert capfd.readouterr().out.count("the replay makes every decision of the stage again") == 2
+    tokens = PackedTokens(stage(copy, "tokens")[0])
+    valid = sum(len(row["tokens"]) and row["cu_seqlens"][-1] - len(row["documents"]) for row in rows(copy, "tokens"))
+    assert tokens.valid_tokens(np.arange(len(tokens))).sum() == valid
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(ROOT)
+        recipe = copy.parent.parent / "recipe.yaml"
+        recipe.write_text(json.loads((copy / "run.json").read_text("utf-8"))["recipe_text"], encoding="utf-8")
+        assert main(["run", str(recipe), "--runs", str(copy.parent), "--limit", "250"]) == 0
+    assert capfd.readouterr().err.count("done before") == 6

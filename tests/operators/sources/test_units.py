@@ -165,3 +165,20 @@ def test_formats_may_be_mixed_and_each_unit_has_one_schema(tmp_path: Path) -> No
         schemas = {batch.table.schema for batch in read_unit(unit, read, batch_rows=1)}
         assert [schema.names for schema in schemas] == [["id", "text", "source", "url"]]
     assert {row["source"] for row in read_all(".", tmp_path).rows} == {"a", "b", "c"}
+
+
+def test_a_whole_file_that_comes_goes_or_changes_touches_the_unit_it_is_in_and_few_others(tmp_path: Path) -> None:
+    for number in range(3000):
+        (tmp_path / f"page-{number:05d}.md").write_text(f"# {number}\n中文 and English", encoding="utf-8")
+    read = ReadSettings(path=str(tmp_path))
+    before = plan_units(read, "/")
+    assert 15 < len(before) < 60 and sum(len(unit.files) for unit in before) == 3000
+    (tmp_path / "page-00100-new.md").write_text("new", encoding="utf-8")
+    (tmp_path / "page-01500.md").write_text("changed", encoding="utf-8")
+    (tmp_path / "page-02500.md").unlink()
+    after = plan_units(read, "/")
+    assert sum(len(unit.files) for unit in after) == 3000
+    new = [unit for unit in after if unit.key not in {unit.key for unit in before}]
+    assert 3 <= len(new) <= 6
+    together = [relative for unit in after for _, relative in unit.files]
+    assert together == sorted(together)
