@@ -65,12 +65,17 @@ _KEPT = _Kept()
 _TOLD = 8  # attempts and rows of one unit that are told by name
 
 
+def _number(unit: Any) -> Any:
+    """The number of a unit among those of its stage, as it is told."""
+    number = unit.get("unit") if isinstance(unit, dict) else None
+    return number.get("index") if isinstance(number, dict) else number
+
+
 def _trouble(supervisor: Supervisor, unit: Any) -> dict[str, Any]:
     if not supervisor.failed:
         return {}
-    number = unit.get("unit") if isinstance(unit, dict) else None
     return {
-        "unit": number.get("index") if isinstance(number, dict) else number,
+        "unit": _number(unit),
         "attempts": len(supervisor.failed) + 1,
         "failed": supervisor.failed[:_TOLD],
         "set_aside": len(supervisor.set_aside),
@@ -104,7 +109,10 @@ def run_units(
     jobs = ((target, limits, unit) for unit in units)
     finished = already
     name, deadline_s = target.partition(":")[2], limits.deadline_s
-    for _, trouble in run_tasks(context, _run_unit, jobs, deadline_s=deadline_s, num_cpus=num_cpus, num_gpus=num_gpus, name=name):
+    for _, trouble in run_tasks(
+        context, _run_unit, jobs, deadline_s=deadline_s, num_cpus=num_cpus, num_gpus=num_gpus, name=name,
+        number=lambda job: _number(units[job]),
+    ):  # fmt: skip
         finished += 1
         if trouble:
             context.event("unit retried", trouble)

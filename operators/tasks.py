@@ -93,10 +93,12 @@ def run_tasks(
     num_gpus: float = 0,
     name: str = "",
     describe: Callable[[int], str] | None = None,
+    number: Callable[[int], Any] = lambda job: job,
 ) -> Iterator[tuple[int, Any]]:
     """Call `function` with each job's arguments; yields (index of the job, result) in order of completion.
 
     `jobs` is taken as tasks are handed out, `in_flight` at a time (default: the stage's workers). The driver holds those alone.
+    `number` gives a job's unit as the log is to name it.
 
     Raises what Ray raises for an error of the function (`RayTaskError`; `.cause` is the error itself), or RuntimeError from it
     that says `describe(index) failed`, where that is given; UnitLost, and Cancelled. Tasks in flight are cancelled then, and
@@ -108,7 +110,9 @@ def run_tasks(
         "num_cpus": num_cpus, "resources": placement("generate" if num_gpus else "cpu"), "max_retries": 0,
         "scheduling_strategy": "SPREAD", "name": f"{context.stage}:{name or function.__name__.strip('_')}", **gpu,
     }  # fmt: skip
-    flight = _Flight(context, function, iter(enumerate(jobs)), max(1, in_flight or context.workers), deadline_s, options, describe)
+    flight = _Flight(
+        context, function, iter(enumerate(jobs)), max(1, in_flight or context.workers), deadline_s, options, describe, number
+    )
     try:
         yield from flight.results()
     finally:
@@ -118,10 +122,10 @@ def run_tasks(
 class _Flight:
     def __init__(
         self, context: StageContext, function: Callable[..., Any], jobs: Iterator[tuple[int, tuple[Any, ...]]], most: int,
-        deadline_s: float, options: dict[str, Any], describe: Callable[[int], str] | None,
+        deadline_s: float, options: dict[str, Any], describe: Callable[[int], str] | None, number: Callable[[int], Any],
     ) -> None:  # fmt: skip
         self._context, self._jobs, self._most, self._deadline_s = context, jobs, most, deadline_s
-        self._function, self._options, self._describe = function, options, describe
+        self._function, self._options, self._describe, self._number = function, options, describe, number
         self._units: dict[int, _Unit] = {}
         self._running: dict[Any, int] = {}
         self._again: deque[int] = deque()
@@ -206,11 +210,13 @@ class _Flight:
             unit.losses += 1
         if isinstance(error, exceptions.OutOfMemoryError):
             self._most = max(1, self._most - 1)  # fewer beside each other from now on
-        self._context.event("unit started again", {"unit": index, "failed": [how], "attempts": unit.crashes + unit.losses + 1})
+        self._context.event(
+            "unit started again", {"unit": self._number(index), "attempt": unit.crashes + unit.losses + 1, "failed": [how]}
+        )
         if unit.crashes >= _CRASHES or unit.losses >= _LOSSES:
             raise UnitLost(
-                f"{self._options['name']}: job {index} was lost {unit.crashes + unit.losses} times with its worker or node, last: "
-                f"{how}; what was committed stays: look at that machine's memory and at Ray's logs there, then run again"
+                f"{self._options['name']}: unit {self._number(index)} was lost {unit.crashes + unit.losses} times with its worker "
+                f"or node, last: {how}; what was committed stays: look at that machine's memory and Ray's logs, then run again"
             ) from None
         if not unit.tasks:  # no copy is out
             self._again.append(index)
@@ -242,7 +248,8 @@ class _Flight:
                 continue
             node = max(others, key=lambda node: self._finished.get(node, 0.0))  # one that has just shown that it works
             unit.copies.add(node)
-            self._context.event("unit copied", {"unit": index, "seconds": round(now - unit.began), "from": place, "to": node})
+            told = {"unit": self._number(index), "seconds": round(now - unit.began), "from": place, "to": node}
+            self._context.event("unit copied", told)
             strategy = NodeAffinitySchedulingStrategy(node, soft=False)
             self._start(index, {**self._options, "scheduling_strategy": strategy})
 

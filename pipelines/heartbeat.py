@@ -103,12 +103,12 @@ class Heartbeat:
                 entry["tokens_per_second"] = round(float(pace), 3)
 
     def event(self, stage: str, message: str, facts: dict[str, Any]) -> None:
-        """A unit that was tried again, or rows of it that were set aside."""
+        """A unit was tried again (`attempts` in all), is handed out again (`attempt` is its next), or rows of it were set aside."""
         facts = dict(facts)
         unit = facts.pop("unit", None)
         with self._lock:
             entry = self._stages.setdefault(stage, {"failures": 0, "retried": 0, "set_aside": 0})
-            entry["retried"] += max(0, int(facts.get("attempts", 1)) - 1)
+            entry["retried"] += 1 if "attempt" in facts else max(0, int(facts.get("attempts", 1)) - 1)
             entry["set_aside"] += int(facts.get("set_aside", 0))
         self.log("warning", message, stage=stage, unit=unit, **facts)
 

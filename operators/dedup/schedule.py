@@ -72,6 +72,6 @@ def _run_phase(context: StageContext, plan: Plan, phase: Phase, done: int, total
     shared = ray.put(plan)
     jobs = ((shared, number) for number in missing)
     in_flight = _IN_FLIGHT * max(1, context.workers)
-    for _ in run_tasks(context, function, jobs, in_flight=in_flight, name=name, describe=describe):
+    for _ in run_tasks(context, function, jobs, in_flight=in_flight, name=name, describe=describe, number=missing.__getitem__):
         completed += 1
         context.progress(completed, total, "units")

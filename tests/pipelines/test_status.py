@@ -93,9 +93,12 @@ def test_retries_and_rows_set_aside_are_counted_and_logged_by_unit(tmp_path: Pat
         heart.event(
             "one", "unit retried", {"unit": 7, "attempts": 3, "failed": ["ended by SIGSEGV"] * 2, "set_aside": 1, "rows": {5: "x"}}
         )
+        for attempt in (2, 3):
+            heart.event("one", "unit started again", {"unit": 8, "attempt": attempt, "failed": ["the node is dead"]})
+        heart.event("one", "unit copied", {"unit": 9, "seconds": 700, "from": "a", "to": "b"})
         heart.end("stopped")
         (stage,) = Watch(run).look().stages
-    assert (stage.retried, stage.set_aside, stage.done, stage.total) == (2, 1, 4, 10)
+    assert (stage.retried, stage.set_aside, stage.done, stage.total) == (4, 1, 4, 10)
     line = next(line for line in journal.read(run) if line["message"] == "unit retried")
     assert (line["unit"], line["stage"], line["attempts"], line["level"]) == (7, "one", 3, "warning")
 
