@@ -7,6 +7,7 @@ finished stages by fingerprint and each unfinished stage goes on from its commit
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import errno
 import fcntl
@@ -20,7 +21,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import IO, Any
 
@@ -94,8 +95,7 @@ class Run:
     def execute(self) -> str:
         """Run everything that is not done. Raises SettingsError, FileNotFoundError, OSError, RunError or Cancelled."""
         self.nodes = plan(self.recipe, self.directory, self.options.base_directory, self.options.limit)
-        with hold(self.directory, self._displaced), self._heart, self.live:
-            self._finish_takedown()
+        with hold(self.directory, self._displaced), self._takedown_finished(), self._heart, self.live:
             for node in self.nodes:
                 done = storage.exists(storage.join(node.directory, "manifest.json"))
                 refused = node.stage.refusal(node.directory) if done else None
@@ -139,8 +139,9 @@ class Run:
             raise RunError("\n".join(self._failures.values()))
         return self.directory
 
-    def _finish_takedown(self) -> None:
-        """Before anything is read: a takedown that was interrupted goes through first."""
+    @contextlib.contextmanager
+    def _takedown_finished(self) -> Iterator[None]:
+        """Before anything is read or shown: a takedown that was interrupted goes through first."""
 
         def ours() -> None:
             if "lease" in self._failures:
@@ -149,6 +150,7 @@ class Run:
         finished = redo.finish(self.directory, ours)
         if finished is not None:
             self.display.line(f"finished the takedown of {finished['time']} that was interrupted ({finished['rows']:,} rows)")
+        yield
 
     def _lost(self, message: str) -> None:
         """Record that Ray is gone: running stages go back to pending, for they will go on from their units."""

@@ -5,6 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import signal
+import subprocess
+import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable
@@ -35,6 +38,7 @@ from pipelines.runner import hold
 from pipelines.status import Watch
 from pipelines.trace import trace
 from tests.cluster.object_store import BUCKET, Line
+from tests.conftest import ROOT
 
 UNITS, ROWS = 3, 6  # of the corpus; of each unit's rows every third is rejected
 LENGTH, PAD = 16, 0
@@ -520,6 +524,37 @@ def test_a_takedown_that_is_killed_at_any_step_is_finished_by_the_same_command(
         shutil.rmtree(run)
 
 
+_KILLER = """
+import os, signal, sys
+from cluster import storage
+from pipelines.cli import main
+left = int(sys.argv[1])
+def step(original):
+    def counted(*arguments):
+        global left
+        left -= 1
+        if left == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(*arguments)
+    return counted
+storage.write_bytes, storage.publish, storage.delete = map(step, (storage.write_bytes, storage.publish, storage.delete))
+sys.exit(main(["forget", *sys.argv[2:]]))
+"""
+
+
+@pytest.mark.slow
+def test_the_command_goes_on_after_a_real_kill_9(tmp_path: Path) -> None:
+    gone = {CLEAN_IDS[1], IDS[2]}
+    killed = 0
+    for step in (20, 45, 60, 75, 90):
+        run = make_run(str(tmp_path / f"run-{step}"))
+        first = subprocess.run([sys.executable, "-c", _KILLER, str(step), run, *sorted(gone)], cwd=ROOT, capture_output=True)
+        killed += first.returncode == -signal.SIGKILL
+        assert main(["forget", run, *sorted(gone)]) == 0
+        check_is_without(run, gone)
+    assert killed >= 4
+
+
 def _settled(found: dict[str, str]) -> dict[str, str]:
     """Without what tells the time of the takedown."""
     return {name: "" if name.endswith("manifest.json") else digest for name, digest in found.items()}
@@ -539,6 +574,27 @@ def test_a_run_that_was_begun_is_finished_before_it_is_read(tmp_path: Path, dyin
         clean(run, dry_run=True)
     clean(run)
     check_is_without(run, {CLEAN_IDS[1]})
+
+
+def test_a_run_of_the_recipe_finishes_a_takedown_first(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    rows = [
+        {"id": f"c{n}", "messages": [{"role": "user", "content": f"问 {n}?"}, {"role": "assistant", "content": "答"}]} for n in "12"
+    ]
+    (tmp_path / "chat.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    stages = "{chat: {kind: conversations, format: messages, path: chat.jsonl}}"
+    (tmp_path / "recipe.yaml").write_text(f"name: chat\nstages: {stages}\n", encoding="utf-8")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path)
+        assert main(["run", "recipe.yaml", "--runs", "runs"]) == 0
+        run = str(tmp_path / "runs" / "chat")
+        with pytest.MonkeyPatch.context() as broken:
+            broken.setattr(redo, "_put", lambda staged, target: _kill())
+            with pytest.raises(Killed):
+                forget(run, ["c2"])
+        assert redo.pending(run) is not None and holds(run, "问 2?")
+        assert main(["run", "recipe.yaml", "--runs", "runs"]) == 0
+    assert "finished the takedown of" in capfd.readouterr().err
+    assert redo.pending(run) is None and holds(run, "问 2?") == [] and trace(run, "c2")[0].what == "forgotten"
 
 
 def _kill() -> None:
