@@ -149,7 +149,8 @@ def _batches(path: str, wanted: Sequence[str], needed: Sequence[str] = ()) -> It
     none of those `needed`."""
     with storage.open_input(path) as stream:
         file = pq.ParquetFile(stream)
-        names = file.schema_arrow.names
+        schema = file.schema_arrow
+        names = [item.name for item in schema if item.name != "provenance" or _has_parents(item.type)]
         present = [name for name in wanted if name in names]
         read = ["provenance.parents" if name == "provenance" else name for name in present]
         if not present or (needed and not set(needed) & set(names)):
@@ -163,6 +164,11 @@ def _batches(path: str, wanted: Sequence[str], needed: Sequence[str] = ()) -> It
             start += batch.num_rows
 
 
+def _has_parents(provenance: pa.DataType) -> bool:
+    """False for a column of this name that a user's own operator has made of something else."""
+    return pa.types.is_struct(provenance) and provenance.get_field_index("parents") >= 0
+
+
 def _hit(values: pa.Array, wanted: pa.Array, passages: bool = False) -> np.ndarray:
     """bool[rows]: the value (or one of a list) is wanted."""
     if pa.types.is_list(values.type) or pa.types.is_large_list(values.type):
@@ -170,6 +176,8 @@ def _hit(values: pa.Array, wanted: pa.Array, passages: bool = False) -> np.ndarr
         mask = np.zeros(len(values), bool)
         mask[pc.list_parent_indices(values).filter(inner).to_numpy(zero_copy_only=False)] = True
         return mask
+    if pa.types.is_dictionary(values.type):
+        values = values.cast(pa.string())
     if not (pa.types.is_string(values.type) or pa.types.is_large_string(values.type)):
         return np.zeros(len(values), bool)
     values = values.cast(pa.string())

@@ -451,6 +451,25 @@ def test_superseded_fingerprints_and_committed_units_of_an_unfinished_corpus_are
     assert sum(entry["ledger"].get("forgotten", 0) for entry in shards.committed_units(unfinished).values()) == 1
 
 
+def test_columns_of_other_types_are_looked_into_or_left_alone(tmp_path: Path) -> None:
+    run = str(tmp_path / "run")
+    directory = f"{run}/web/{'a' * 16}"
+    writer = shards.UnitWriter(directory, 0)
+    ids = pa.array(["a", "b", "a"]).dictionary_encode()
+    writer.write(pa.table({"id": ids, "provenance": ["x", "a", "y"], "source_id": [1, 2, 3], "text": ["one", "two", "three"]}))
+    writer.commit(Ledger(rows_in=3, kept=3))
+    shards.finish(directory, stage="web", kind="corpus", fingerprint="a" * 16, config={}, inputs={})
+    entry = {"kind": "corpus", "directory": f"web/{'a' * 16}", "inputs": [], "status": "done", "seconds": 1.0}
+    record = {"recipe": "r", "order": ["web"], "stages": {"web": entry}, "seed": 0, "limit": None, "message": None}
+    storage.write_bytes(f"{run}/run.json", json.dumps(record).encode())
+    assert forget(run, ["a"]).rows == 2  # every row of the id
+    manifest = shards.load_manifest(directory)
+    assert [row for part in manifest.parts for row in pq.read_table(f"{directory}/{part['name']}")["text"].to_pylist()] == ["two"]
+    assert manifest.ledger.to_json() == {"in": 3, "created": 0, "kept": 1, "rejected": {}, "quarantined": 0, "forgotten": 2}
+    assert forget(run, ["b"]).rows == 1
+    assert shards.load_manifest(directory).parts == [] and shards.parts([directory]) == []
+
+
 class Killed(BaseException):
     """As `kill -9`: nothing of ours catches it."""
 
