@@ -17,7 +17,6 @@ from typing import Any
 
 import psutil
 import pytest
-from ray.util import get_node_ip_address
 
 from tests.cluster.object_store import free_ports
 from tests.conftest import ROOT
@@ -107,8 +106,8 @@ class Nodes:
     """The head has no CPUs: it is `danlu run`'s business alone. With `redis` its state outlives its control process."""
 
     def __init__(self, directory: Path, *, redis: bool = False, address: str | None = None, prefix: Sequence[str] = ()) -> None:
-        # not loopback: a driver that joins a Ray at 127.0.0.1 looks for it at this machine's own address
-        self._ip, self._prefix = address or get_node_ip_address(), prefix
+        self._prefix = prefix
+        store = address or "127.0.0.1"
         self._redis: subprocess.Popen[bytes] | None = None
         environment = {**os.environ, **CONFIGURATION}
         environment.pop("RAY_ADDRESS", None)
@@ -119,7 +118,7 @@ class Nodes:
                 "--port",
                 str(port),
                 "--bind",
-                self._ip,
+                store,
                 "--protected-mode",
                 "no",
                 "--save",
@@ -128,11 +127,12 @@ class Nodes:
                 str(directory),
             ]
             self._redis = subprocess.Popen([*prefix, *command], stdout=subprocess.DEVNULL)
-            environment["RAY_REDIS_ADDRESS"] = f"{self._ip}:{port}"
+            environment["RAY_REDIS_ADDRESS"] = f"{store}:{port}"
         self._environment = environment
         self._hosts: dict[tuple[str, ...], _Host] = {}
         (port,) = free_ports(1)  # a fixed one: where it was before is where it is found again
-        started = self._start(self._ip, prefix, head=True, num_cpus=0, gcs_server_port=port)
+        # not on loopback: a driver that joins a Ray at 127.0.0.1 looks for it at this machine's own address, which the host finds
+        started = self._start(address, prefix, head=True, num_cpus=0, gcs_server_port=port)
         self.address = str(started["address"])
         self.head, self._control = Node(psutil.Process(started["raylet"])), psutil.Process(started["gcs_server"])
         self._all = [self.head]
@@ -148,7 +148,7 @@ class Nodes:
         self._all.append(node)
         return node
 
-    def _start(self, address: str, prefix: Sequence[str], **wanted: Any) -> dict[str, Any]:
+    def _start(self, address: str | None, prefix: Sequence[str], **wanted: Any) -> dict[str, Any]:
         host = self._hosts.get(tuple(prefix)) or self._hosts.setdefault(tuple(prefix), _Host(prefix, self._environment))
         return host.start(node_ip_address=address, object_store_memory=100 << 20, **wanted)
 

@@ -101,6 +101,7 @@ def test_a_unit_that_always_ends_its_worker_ends_the_stage_and_says_so(nodes: No
     assert [unit for unit, _ in driver.attempts()] == [0] * 5
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("steady")
 def test_an_error_of_a_unit_ends_the_stage_at_once(nodes: Nodes, tmp_path: Path) -> None:
     driver = Driver(nodes, tmp_path, "raise", units=4)

@@ -670,6 +670,7 @@ def test_a_sample_for_review_keeps_its_places_and_finds_its_rows(tmp_path: Path)
     assert all(f"note on {row_id}" not in "".join(words_of(run).values()) for row_id in asked)
 
 
+@pytest.mark.slow
 def test_a_run_on_an_object_store_is_treated_alike(line: Line, tmp_path: Path) -> None:
     run = f"s3://{BUCKET}/forget/run"
     for entry in storage.list_all(make_run(str(tmp_path / "run"))):

@@ -36,6 +36,7 @@ HURRIED = (
 )
 
 
+@pytest.mark.slow
 @needs_browser
 def test_a_run_at_work_shows_its_progress_in_a_browser_and_to_prometheus_and_ends_without_a_reload(tmp_path: Path) -> None:
     write_recipe(tmp_path, wait_s=1.5, ray="false")

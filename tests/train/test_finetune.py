@@ -383,6 +383,7 @@ def dumped(told: SftJob) -> dict[str, Any]:
     return told.model_dump(mode="json")
 
 
+@pytest.mark.slow
 def test_shards_and_whole_copies_give_one_worker_s_losses_and_go_on_from_each_other_s_checkpoints(
     small_model: str, chats: str, tmp_path: Path
 ) -> None:
