@@ -29,16 +29,15 @@ def run_corpus(
     limits: Limits,
     batch_rows: int,
     measure: Measure = "seen",
+    version: int = 1,
 ) -> None:
     """Do every unit of the input that is not committed yet, then write the manifest.
 
-    Units of an earlier run of this stage with the same settings and the same file content are taken over by copying, so
+    Units of an earlier run of this stage with the same settings, code `version` and file content are taken over by copying, so
     that new input files are processed alone. Rows that were taken down from the run (operators.tombstones) are not read again.
     """
     units = plan_units(read, context.base_directory, context.limit)
-    work = tables.content_hash(
-        [operators, read.model_dump(mode="json", exclude={"path"}), context.config.get("version"), batch_rows, measure]
-    )
+    work = tables.content_hash([operators, read.model_dump(mode="json", exclude={"path"}), version, batch_rows, measure])
     keys = {unit.index: tables.content_hash([unit.key, work]) for unit in units}
     done = shards.committed_numbers(context.directory)
     adopted = _adopt(context.directory, {index: key for index, key in keys.items() if index not in done})

@@ -73,6 +73,7 @@ class CorpusStage(Stage):
             Limits(self.unit_memory_bytes, self.unit_deadline_s),
             self.batch_rows,
             self.measure,
+            self.version,
         )
 
     @staticmethod

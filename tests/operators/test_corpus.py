@@ -97,7 +97,9 @@ def test_a_document_that_crashes_a_native_library_is_set_aside_alone(
     assert "SIGSEGV" in facts["failed"][0] and list(facts["rows"]) == ["31"]
 
 
-def test_a_new_input_file_is_processed_alone(tmp_path: Path, run_stage: Callable[..., shards.Manifest]) -> None:
+def test_a_new_input_file_is_processed_alone(
+    tmp_path: Path, run_stage: Callable[..., shards.Manifest], monkeypatch: pytest.MonkeyPatch
+) -> None:
     write_lines(tmp_path)
     run_stage("before", {"path": "*.jsonl"}, [])
     (tmp_path / "in00.jsonl").write_text('{"id": "new", "text": "a new file that sorts second"}\n', encoding="utf-8")
@@ -107,6 +109,9 @@ def test_a_new_input_file_is_processed_alone(tmp_path: Path, run_stage: Callable
     assert shards.load_timings(str(tmp_path / "run/corpus/fresh"))["adopted_units"] == 0
     assert digests(after) == digests(fresh)
     assert after.ledger == fresh.ledger
+    monkeypatch.setattr(CorpusStage, "version", CorpusStage.version + 1)  # the code decides otherwise now
+    run_stage("newer", {"path": "*.jsonl"}, [])
+    assert shards.load_timings(str(tmp_path / "run/corpus/newer"))["adopted_units"] == 0
 
 
 def test_an_operator_that_loses_rows_is_refused() -> None:
