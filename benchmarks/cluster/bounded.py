@@ -68,8 +68,8 @@ def main() -> None:
     parser.add_argument("--memory-gib", type=float, default=3.0)
     parser.add_argument("--times", type=float, default=4.0, help="text in multiples of the memory")
     options = arguments("", parser)
-    memory = int((1.5 if options.quick else options.memory_gib) * (1 << 30))
-    text = memory * (0.3 if options.quick else options.times)
+    memory = int(options.memory_gib * (1 << 30))
+    text = memory * (0.1 if options.quick else options.times)
     with tempfile.TemporaryDirectory(dir=os.environ.get("TMPDIR")) as folder:
         place = Path(folder)
         description = material.build(place / "corpus", text / 1e6)
