@@ -90,8 +90,8 @@ def patiently(what: str, act: Callable[[], _T], patience: float | None = None, s
                 if store:
                     _given_up.add(store)
                 raise StoreGone(
-                    f"{what}: {store or 'the store'} has not answered for {waited:.0f} s ({attempt + 1} tries; DANLU_STORAGE_PATIENCE_S "
-                    f"sets how long it is waited for): {error}"
+                    f"{what}: {store or 'the store'} has not answered for {waited:.0f} s ({attempt + 1} tries; "
+                    f"DANLU_STORAGE_PATIENCE_S sets how long it is waited for): {error}"
                 ) from error
             pause = random.uniform(0, min(_LONGEST_PAUSE_S, _FIRST_PAUSE_S * 2**attempt))
             attempt += 1

@@ -57,7 +57,8 @@ class ObjectStore:
         assert WEED is not None
         s3, master, volume, filer, *grpc = self._ports
         command = [
-            WEED, f"-logdir={self._directory}", "server", f"-dir={self._directory / 'data'}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-master.telemetry=false",
+            WEED, f"-logdir={self._directory}", "server", f"-dir={self._directory / 'data'}", "-ip=127.0.0.1",
+            "-ip.bind=127.0.0.1", "-master.telemetry=false", "-master.electionTimeout=1s",
             f"-master.port={master}", f"-master.port.grpc={grpc[0]}", f"-volume.port={volume}", f"-volume.port.grpc={grpc[1]}",
             "-volume.max=20", "-master.volumeSizeLimitMB=64", "-filer", f"-filer.port={filer}", f"-filer.port.grpc={grpc[2]}",
             "-s3", f"-s3.port={s3}", f"-s3.port.grpc={grpc[3]}", "-s3.port.iceberg=0", "-s3.port.lance=0",
