@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import logging
 import os
 import socket
 import threading
@@ -17,8 +18,14 @@ import time
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
+
+import psutil
 
 from cluster import storage
+from cluster.remote import StoreGone
+
+_LOG = logging.getLogger("danlu.storage")
 
 SETTLE_S = 2.0
 RENEW_S = 15.0
@@ -45,9 +52,9 @@ class Lease:
         self._thread: threading.Thread | None = None
 
     def claim(self) -> None:
-        """Raises LeaseHeld when another holder has renewed its lease in the last 90 seconds."""
+        """Raises LeaseHeld when another holder has renewed its lease in the last 90 seconds, unless it is seen to be dead."""
         holder = self._holder()
-        if holder is not None and (age := self._age()) is not None and age < STALE_S:
+        if holder is not None and not _dead(holder) and (age := self._age()) is not None and age < STALE_S:
             raise LeaseHeld(f"{_name(holder)} (last seen {age:.0f} s ago)")
         self._write()
         time.sleep(SETTLE_S)
@@ -62,23 +69,32 @@ class Lease:
         self._released.set()
         if self._thread is not None:
             self._thread.join(timeout=RENEW_S)
-        holder = self._holder()
-        if holder is not None and holder["token"] == self._token:
-            storage.delete(self._path)
+        try:
+            holder = self._holder()
+            if holder is not None and holder["token"] == self._token:
+                storage.delete(self._path)
+        except StoreGone as error:
+            _LOG.warning("the lease could not be given back, it runs out after %.0f s: %s", STALE_S, error)
 
     def _renew(self) -> None:
         while not self._released.wait(RENEW_S):
-            holder = self._holder()
-            if holder is not None and holder["token"] != self._token:
-                self._lost(_name(holder))
-                return
-            self._write()
+            try:
+                holder = self._holder()
+                if holder is not None and holder["token"] != self._token:
+                    self._lost(_name(holder))
+                    return
+                self._write()
+            except OSError as error:  # a stage that computes meanwhile may outlast a store that was given up
+                _LOG.warning("the lease could not be renewed: %s", error)
 
     def _write(self) -> None:
-        record = {"token": self._token, "host": socket.gethostname(), "process": os.getpid(), "since": self._since}
+        record = {
+            "token": self._token, "host": socket.gethostname(), "process": os.getpid(), "since": self._since,
+            "machine": _machine(), "started": psutil.Process().create_time(),
+        }  # fmt: skip
         storage.write_bytes(self._path, json.dumps(record).encode())
 
-    def _holder(self) -> dict[str, str] | None:
+    def _holder(self) -> dict[str, Any] | None:
         return _read(self._path)
 
     def _age(self) -> float | None:
@@ -93,10 +109,11 @@ class Held:
     process: int
     since: str | None
     age_s: float
+    dead: bool = False  # seen to be, from the same machine
 
     @property
     def alive(self) -> bool:
-        return self.age_s < STALE_S
+        return not self.dead and self.age_s < STALE_S
 
 
 def look(directory: str) -> Held | None:
@@ -106,10 +123,10 @@ def look(directory: str) -> Held | None:
     age = _age(path, uuid.uuid4().hex) if holder is not None else None
     if holder is None or age is None:
         return None
-    return Held(holder["host"], int(holder["process"]), holder.get("since"), age)
+    return Held(holder["host"], int(holder["process"]), holder.get("since"), age, _dead(holder))
 
 
-def _read(path: str) -> dict[str, str] | None:
+def _read(path: str) -> dict[str, Any] | None:
     try:
         return dict(json.loads(storage.read_bytes(path)))
     except FileNotFoundError:
@@ -129,5 +146,25 @@ def _age(path: str, token: str) -> float | None:
     return (here - held) / 1e9
 
 
-def _name(holder: dict[str, str]) -> str:
+def _machine() -> str:
+    """What process numbers are counted in: this start of this machine, and the container; empty where that is not known."""
+    try:
+        with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
+            return f"{file.read().strip()} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return ""
+
+
+def _dead(holder: dict[str, Any]) -> bool:
+    """True when the holder was a process of this machine that has ended: nobody has to wait for its lease to run out."""
+    if not holder.get("machine") or holder["machine"] != _machine():
+        return False
+    try:
+        process = psutil.Process(int(holder["process"]))
+        return bool(process.create_time() != holder["started"] or process.status() == psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return True
+
+
+def _name(holder: dict[str, Any]) -> str:
     return f"process {holder['process']} on {holder['host']}"

@@ -26,7 +26,9 @@ _LONGEST_PAUSE_S = 20.0
 _CONNECT_S = 5.0
 _ANSWER_S = 60.0
 _FIRST_CONTACT_S = 15.0
+_GIVEN_UP_S = 5.0
 _LOG = logging.getLogger("danlu.storage")
+_given_up: set[str] = set()  # stores that were waited for in vain and have not answered since
 
 _TRANSIENT = re.compile(
     r"NETWORK_CONNECTION|SLOW_DOWN|SERVICE_UNAVAILABLE|INTERNAL_FAILURE|REQUEST_TIMEOUT|THROTTLING|REQUEST_EXPIRED"
@@ -54,24 +56,43 @@ def is_transient(error: BaseException) -> bool:
     return isinstance(error, OSError) and not _FINAL.search(text) and bool(_TRANSIENT.search(text))
 
 
-def patiently(what: str, act: Callable[[], _T], patience: float | None = None) -> _T:
+class StoreGone(OSError):
+    """A store that has not answered for as long as it was waited for; the message says which one, and for how long."""
+
+
+def patiently(what: str, act: Callable[[], _T], patience: float | None = None, store: str = "") -> _T:
     """What `act` returns; it is called again while the store fails to answer, with full jitter between the calls.
 
-    `act` must be repeatable from its start; `patience` is in seconds, `patience_s()` unless given. Raises the last error when
-    the patience is at its end, others at once. The pauses are drawn from U(0, min(20, .25 * 2^n)) seconds (Brooker,
-    "Exponential Backoff And Jitter", AWS 2015), so that a thousand workers do not come back in the same moment.
+    `act` must be repeatable from its start; `patience` is in seconds, `patience_s()` unless given. Raises StoreGone when it is
+    at its end, other errors at once. The pauses are drawn from U(0, min(20, .25 * 2^n)) seconds (Brooker, "Exponential
+    Backoff And Jitter", AWS 2015), so that a thousand workers do not come back in the same moment.
+
+    A `store` that was given up is asked for no longer than 5 seconds until it answers again: what a run that ends still
+    wants to write would otherwise wait as long once more, each time.
     """
     began, attempt = time.monotonic(), 0
     limit = patience_s() if patience is None else patience
+    if store in _given_up:
+        limit = min(limit, _GIVEN_UP_S)
     while True:
         try:
-            return act()
+            found = act()
+            _given_up.discard(store)
+            return found
+        except StoreGone:
+            raise
         except OSError as error:
             waited = time.monotonic() - began
             if not is_transient(error):
+                _given_up.discard(store)
                 raise
             if waited >= limit:
-                raise OSError(f"{what}: the store has not answered for {waited:.0f} s ({attempt + 1} tries): {error}") from error
+                if store:
+                    _given_up.add(store)
+                raise StoreGone(
+                    f"{what}: {store or 'the store'} has not answered for {waited:.0f} s ({attempt + 1} tries; "
+                    f"DANLU_STORAGE_PATIENCE_S sets how long it is waited for): {error}"
+                ) from error
             pause = random.uniform(0, min(_LONGEST_PAUSE_S, _FIRST_PAUSE_S * 2**attempt))
             attempt += 1
             _LOG.warning("%s: no answer (%s); asked again in %.1f s", what, str(error)[:300], pause)
@@ -84,9 +105,9 @@ class RemoteReader(io.RawIOBase):
     Raises OSError when the file has another size on the way: what was read and what is to come would not belong together.
     """
 
-    def __init__(self, filesystem: pafs.FileSystem, path: str) -> None:
-        self._filesystem, self._path = filesystem, path
-        self._file = patiently(path, lambda: filesystem.open_input_file(path))
+    def __init__(self, filesystem: pafs.FileSystem, path: str, store: str = "") -> None:
+        self._filesystem, self._path, self._store = filesystem, path, store
+        self._file = patiently(path, lambda: filesystem.open_input_file(path), store=store)
         self._size = int(self._file.size())
         self._position = 0
 
@@ -114,7 +135,7 @@ class RemoteReader(io.RawIOBase):
         wanted = left if size is None or size < 0 else min(size, left)
         if not wanted:
             return b""
-        data = patiently(f"{self._path}, byte {self._position:,}", lambda: self._range(wanted))
+        data = patiently(f"{self._path}, byte {self._position:,}", lambda: self._range(wanted), store=self._store)
         self._position += len(data)
         return data
 
@@ -156,8 +177,12 @@ class RemoteReader(io.RawIOBase):
 class _Patient(pafs.FileSystemHandler):  # type: ignore[misc]
     """A filesystem whose requests are made again. Streams that are written cannot be: `storage` repeats whole uploads."""
 
-    def __init__(self, inner: pafs.FileSystem) -> None:
-        self._inner = inner
+    def __init__(self, inner: pafs.FileSystem, store: str) -> None:
+        self._inner, self.store = inner, store
+
+    def patiently(self, what: str, act: Callable[[], _T]) -> _T:
+        """`remote.patiently`, with this store's name."""
+        return patiently(what, act, store=self.store)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, _Patient) and bool(self._inner == other._inner)
@@ -172,40 +197,40 @@ class _Patient(pafs.FileSystemHandler):  # type: ignore[misc]
         return str(self._inner.normalize_path(path))
 
     def get_file_info(self, paths: list[str]) -> Any:
-        return patiently(", ".join(paths[:3]), lambda: self._inner.get_file_info(paths))
+        return self.patiently(", ".join(paths[:3]), lambda: self._inner.get_file_info(paths))
 
     def get_file_info_selector(self, selector: pafs.FileSelector) -> Any:
-        return patiently(selector.base_dir, lambda: self._inner.get_file_info(selector))
+        return self.patiently(selector.base_dir, lambda: self._inner.get_file_info(selector))
 
     def create_dir(self, path: str, recursive: bool) -> None:
-        patiently(path, lambda: self._inner.create_dir(path, recursive=recursive))
+        self.patiently(path, lambda: self._inner.create_dir(path, recursive=recursive))
 
     def delete_dir(self, path: str) -> None:
-        patiently(path, lambda: _gone(lambda: self._inner.delete_dir(path)))
+        self.patiently(path, lambda: _gone(lambda: self._inner.delete_dir(path)))
 
     def delete_dir_contents(self, path: str, missing_dir_ok: bool = False) -> None:
-        patiently(path, lambda: self._inner.delete_dir_contents(path, missing_dir_ok=missing_dir_ok))
+        self.patiently(path, lambda: self._inner.delete_dir_contents(path, missing_dir_ok=missing_dir_ok))
 
     def delete_root_dir_contents(self) -> None:
         raise PermissionError("a whole store is not emptied")
 
     def delete_file(self, path: str) -> None:
-        patiently(path, lambda: _gone(lambda: self._inner.delete_file(path)))
+        self.patiently(path, lambda: _gone(lambda: self._inner.delete_file(path)))
 
     def move(self, src: str, dest: str) -> None:
         raise NotImplementedError("remote objects are not renamed: a store copies and deletes them, which is not atomic")
 
     def copy_file(self, src: str, dest: str) -> None:
-        patiently(dest, lambda: self._inner.copy_file(src, dest))
+        self.patiently(dest, lambda: self._inner.copy_file(src, dest))
 
     def open_input_stream(self, path: str) -> pa.NativeFile:
         return self.open_input_file(path)
 
     def open_input_file(self, path: str) -> pa.NativeFile:
-        return pa.PythonFile(RemoteReader(self._inner, path), mode="r")
+        return pa.PythonFile(RemoteReader(self._inner, path, self.store), mode="r")
 
     def open_output_stream(self, path: str, metadata: Any) -> pa.NativeFile:
-        return patiently(path, lambda: self._inner.open_output_stream(path, compression=None, metadata=metadata))
+        return self.patiently(path, lambda: self._inner.open_output_stream(path, compression=None, metadata=metadata))
 
     def open_append_stream(self, path: str, metadata: Any) -> pa.NativeFile:
         raise NotImplementedError("remote objects are not appended to")
@@ -262,12 +287,12 @@ def _s3(bucket: str, endpoint: str, region: str) -> pafs.FileSystem:
         where = {"region": region or patiently(f"s3://{bucket}", lambda: pafs.resolve_s3_region(bucket), _FIRST_CONTACT_S)}
     # delayed: an object that fits one part is one request, not the three of a multipart upload
     s3 = pafs.S3FileSystem(connect_timeout=_CONNECT_S, request_timeout=_ANSWER_S, allow_delayed_open=True, **where)
-    return pafs.PyFileSystem(_Patient(s3))
+    return pafs.PyFileSystem(_Patient(s3, f"s3://{bucket}" + (f" at {endpoint}" if endpoint else "")))
 
 
 @functools.cache
 def _gcs() -> pafs.FileSystem:
-    return pafs.PyFileSystem(_Patient(pafs.GcsFileSystem()))
+    return pafs.PyFileSystem(_Patient(pafs.GcsFileSystem(), "gs://"))
 
 
 @functools.cache
@@ -276,4 +301,4 @@ def _other(scheme: str, host: str) -> pafs.FileSystem:
         filesystem, _ = pafs.FileSystem.from_uri(f"{scheme}://{host}/")
     except (pa.ArrowInvalid, OSError) as error:
         raise ValueError(f"cannot open {scheme}://{host}: {error}") from error
-    return pafs.PyFileSystem(_Patient(filesystem))
+    return pafs.PyFileSystem(_Patient(filesystem, f"{scheme}://{host}"))

@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import fnmatch
 import hashlib
-import io
 import itertools
 import os
 import re
 import sys
 import tempfile
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +24,7 @@ from typing import BinaryIO
 import pyarrow as pa
 from pyarrow import fs as pafs
 
-from cluster import remote
+from cluster import disk, remote
 
 _SCHEME = re.compile(r"^[a-z][a-z0-9+.-]*://")
 _GLOB = re.compile(r"[*?\[]")
@@ -119,7 +118,7 @@ def list_files(pattern: str) -> list[FileEntry]:
     prefix = inner.rstrip("/") + "/"
     wanted = None if match is None else re.compile(_translate(pattern[len(root) :] if root != "." else pattern))
     found = []
-    for entry in filesystem.get_file_info(pafs.FileSelector(inner, recursive=True)):
+    for entry in filesystem.get_file_info(_below(inner, True)):
         if entry.type != pafs.FileType.File:
             continue
         relative = entry.path[len(prefix) :] if entry.path.startswith(prefix) else entry.path
@@ -174,7 +173,7 @@ def read_each(paths: Iterable[str]) -> Iterator[bytes]:
 def write_bytes(path: str, data: bytes) -> None:
     """Write a whole file; a reader sees the old content or the new, never a part."""
     if is_remote(path):
-        _upload(io.BytesIO(data), len(data), path)
+        upload(path, len(data), lambda stream: stream.write(data))
         return
     _, inner = resolve(path)
     temporary = _write_beside(inner, data)
@@ -207,7 +206,7 @@ def _write_beside(inner: str, data: bytes) -> str:
     os.makedirs(os.path.dirname(inner), exist_ok=True)
     temporary = os.path.join(os.path.dirname(inner), f".{os.path.basename(inner)}.{uuid.uuid4().hex}")
     try:
-        with open(temporary, "wb") as stream:
+        with disk.writing(temporary), open(temporary, "wb") as stream:
             stream.write(data)
             stream.flush()
             os.fsync(stream.fileno())
@@ -231,35 +230,44 @@ def publish(local: str, destination: str) -> None:
     """Move a finished local file to its destination, visible at once; the destination may exist with the same content."""
     if is_remote(destination):
         with open(local, "rb") as source:
-            _upload(source, os.path.getsize(local), destination)
+            upload(destination, os.path.getsize(local), lambda stream: _blocks(source, stream))
         os.unlink(local)
         return
     _, inner = resolve(destination)
     os.makedirs(os.path.dirname(inner), exist_ok=True)
-    with open(local, "rb") as source:
+    with disk.writing(local), open(local, "rb") as source:
         os.fsync(source.fileno())
     os.replace(local, inner)
 
 
-def _upload(source: BinaryIO, size: int, destination: str) -> None:
-    """Upload a whole object, from its first byte again where the store fails to answer."""
+def upload(destination: str, size: int, write: Callable[[BinaryIO], object]) -> None:
+    """Make a remote object of `size` bytes of what `write` writes; it is called again, from the first byte, where the store
+    fails to answer. A reader sees the object whole or not at all."""
     filesystem, inner = resolve(destination)
 
     def attempt() -> None:
-        source.seek(0)
         try:
             # by default pyarrow compresses what has a name that ends in .gz, compressed as it may be
             with filesystem.open_output_stream(inner, compression=None) as stream:
-                while block := source.read(_BLOCK):
-                    stream.write(block)
-        finally:  # a stream is completed when it is closed, even after an error: what it made must be whole, or go
-            made = filesystem.get_file_info(inner)
-            if made.type == pafs.FileType.File and made.size != size:
-                filesystem.delete_file(inner)
-                if sys.exc_info()[0] is None:
-                    raise OSError(f"{destination}: unexpected end of stream, {made.size} of {size} bytes arrived")
+                write(stream)
+        finally:
+            # A stream is completed when it is closed, even after an error: what it made of several parts must be whole, or
+            # go. What fits one request is there whole or as it was before.
+            if size > _BLOCK:
+                made = filesystem.get_file_info(inner)
+                if made.type == pafs.FileType.File and made.size != size:
+                    filesystem.delete_file(inner)
+                    if sys.exc_info()[0] is None:
+                        raise OSError(f"{destination}: unexpected end of stream, {made.size} of {size} bytes arrived")
 
-    remote.patiently(destination, attempt)
+    filesystem.handler.patiently(destination, attempt)
+
+
+def _blocks(source: BinaryIO, stream: BinaryIO) -> None:
+    """Copy a file from its first byte."""
+    source.seek(0)
+    while block := source.read(_BLOCK):
+        stream.write(block)
 
 
 def delete(path: str) -> None:
@@ -299,11 +307,16 @@ def list_all(path: str, recursive: bool = True) -> list[FileEntry]:
         return []
     prefix = inner.rstrip("/") + "/"
     found = []
-    for entry in filesystem.get_file_info(pafs.FileSelector(inner, recursive=recursive)):
+    for entry in filesystem.get_file_info(_below(inner, recursive)):
         if entry.type == pafs.FileType.File:
             relative = entry.path.removeprefix(prefix)
             found.append(FileEntry(join(path, relative), relative, int(entry.size), int(entry.mtime_ns or 0)))
     return sorted(found, key=lambda entry: entry.relative)
+
+
+def _below(inner: str, recursive: bool) -> pafs.FileSelector:
+    """What lies below a folder; some stores know an empty one when they are asked for it, and not when it is listed."""
+    return pafs.FileSelector(inner, recursive=recursive, allow_not_found=True)
 
 
 def list_directories(path: str) -> list[str]:
@@ -311,14 +324,19 @@ def list_directories(path: str) -> list[str]:
     filesystem, inner = resolve(path)
     if filesystem.get_file_info(inner).type != pafs.FileType.Directory:
         return []
-    found = [e.base_name for e in filesystem.get_file_info(pafs.FileSelector(inner)) if e.type == pafs.FileType.Directory]
+    found = [e.base_name for e in filesystem.get_file_info(_below(inner, False)) if e.type == pafs.FileType.Directory]
     return [join(path, name) for name in sorted(found) if not name.startswith(".")]
 
 
 def copy(source: str, destination: str) -> None:
     """Copy one file; the copy appears whole."""
     local = scratch_file(destination.rsplit("/", 1)[0])
-    with open_input(source) as stream, open(local, "wb") as target:
-        while block := stream.read(_BLOCK):
-            target.write(block)
-    publish(local, destination)
+    try:
+        with open_input(source) as stream, disk.writing(local), open(local, "wb") as target:
+            while block := stream.read(_BLOCK):
+                target.write(block)
+        publish(local, destination)
+    except BaseException:
+        if os.path.exists(local):
+            os.unlink(local)
+        raise

@@ -94,8 +94,18 @@ def run_unit(task: Task, report: Report) -> dict[str, Any]:
     unit, read = Unit.from_json(given["unit"]), parse(ReadSettings, given["read"], "read")
     if task.unreadable is not None:
         return _set_aside_whole(given, unit, task.unreadable)
-    chain = _chain(json.dumps(given["operators"]), given["measure"] if task.probe is None else "none")
     writer = shards.UnitWriter(given["directory"], unit.index) if task.probe is None else None
+    try:
+        return _work(task, report, unit, read, writer)
+    except BaseException:
+        if writer is not None:
+            writer.abandon()
+        raise
+
+
+def _work(task: Task, report: Report, unit: Unit, read: ReadSettings, writer: shards.UnitWriter | None) -> dict[str, Any]:
+    given = task.arguments
+    chain = _chain(json.dumps(given["operators"]), given["measure"] if task.probe is None else "none")
     ledger, stats = Ledger(), dict[str, Any]()
     report.alive()
     aside = np.array(sorted(task.set_aside), np.int64)

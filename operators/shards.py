@@ -24,7 +24,7 @@ import re
 import resource
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import MISSING, dataclass, field, fields, replace
 from typing import Any, overload
 
@@ -32,7 +32,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from cluster import storage
+from cluster import disk, storage
 from operators import tables
 from operators.config import SettingsError
 from operators.ledger import Equation, Ledger, merge_stats
@@ -143,15 +143,18 @@ class UnitWriter:
 
     def write(self, table: pa.Table) -> None:
         """Append rows to the unit's parts. All tables of one unit have one schema."""
-        self._streams["parts"].write(table)
+        with self._or_abandon():
+            self._streams["parts"].write(table)
 
     def reject(self, table: pa.Table) -> None:
         """Append rows of schema tables.REJECTS."""
-        self._streams["rejects"].write(table)
+        with self._or_abandon():
+            self._streams["rejects"].write(table)
 
     def measure(self, table: pa.Table) -> None:
         """Append rows of measures (see operators.measures). All tables of one unit have one schema."""
-        self._streams["measures"].write(table)
+        with self._or_abandon():
+            self._streams["measures"].write(table)
 
     def commit(self, ledger: Ledger, stats: dict[str, Any] | None = None, extra: dict[str, Any] | None = None) -> dict[str, Any]:
         """Publish the files, then the unit's record. Returns the record that is in force (an earlier one, if any).
@@ -159,7 +162,8 @@ class UnitWriter:
         Raises LedgerError when the account does not balance or disagrees with the rows written.
         """
         ledger.check(f"{self.directory}, unit {self.unit}")
-        parts, rejects, measures = (self._streams[kind].close() for kind in ("parts", "rejects", "measures"))
+        with self._or_abandon():
+            parts, rejects, measures = (self._streams[kind].close() for kind in ("parts", "rejects", "measures"))
         written = sum(part["rows"] for part in parts)
         if written != ledger.kept:
             raise RuntimeError(f"{self.directory}, unit {self.unit}: ledger keeps {ledger.kept} rows, {written} were written")
@@ -189,11 +193,22 @@ class UnitWriter:
 
     def close_rejects(self) -> list[dict[str, Any]]:
         """Publish the rejects alone, for a stage whose rows lie elsewhere; their entries for the unit's record."""
-        return self._streams["rejects"].close()
+        with self._or_abandon():
+            return self._streams["rejects"].close()
 
     def abandon(self) -> None:
+        """Remove the scratch files."""
         for stream in self._streams.values():
             stream.abandon()
+
+    @contextmanager
+    def _or_abandon(self) -> Iterator[None]:
+        """What a full disk or a store that is gone ends must not stay and take room, least of all in a folder of the system's."""
+        try:
+            yield
+        except BaseException:
+            self.abandon()
+            raise
 
 
 class _PartStream:
@@ -226,10 +241,12 @@ class _PartStream:
             encoded: Any = True
             if self._kind == "measures":  # numbers that hardly repeat: a dictionary would cost more than it saves
                 encoded = [item.name for item in table.schema if not pa.types.is_floating(item.type)]
-            self._writer = pq.ParquetWriter(
-                self._scratch, table.schema, compression="zstd", store_schema=True, use_dictionary=encoded
-            )
-        self._writer.write_table(table, row_group_size=max(1, table.num_rows))
+            with disk.writing(self._scratch):
+                self._writer = pq.ParquetWriter(
+                    self._scratch, table.schema, compression="zstd", store_schema=True, use_dictionary=encoded
+                )
+        with disk.writing(self._scratch):
+            self._writer.write_table(table, row_group_size=max(1, table.num_rows))
         self._rows += table.num_rows
         if os.path.getsize(self._scratch) >= self._max_bytes:
             self._finish_file()
@@ -237,14 +254,15 @@ class _PartStream:
     def _finish_file(self) -> None:
         if self._writer is None:
             return
-        self._writer.close()
+        with disk.writing(self._scratch):
+            self._writer.close()
         self._writer = None
         digest = storage.sha256_of(self._scratch)
         name = f"{self._kind}/{self._unit:08d}-{len(self._done):03d}-{digest[:12]}.parquet"
         entry = {"name": name, "rows": self._rows, "bytes": os.path.getsize(self._scratch), "sha256": digest}
         storage.publish(self._scratch, storage.join(self._directory, name))
         self._done.append(entry)
-        self._rows = 0
+        self._rows, self._scratch = 0, ""
 
     def close(self) -> list[dict[str, Any]]:
         self._flush()
@@ -253,8 +271,10 @@ class _PartStream:
 
     def abandon(self) -> None:
         if self._writer is not None:
-            self._writer.close()
+            with suppress(OSError):  # a full disk takes no footer either
+                self._writer.close()
             self._writer = None
+        if self._scratch and os.path.exists(self._scratch):
             os.unlink(self._scratch)
 
 

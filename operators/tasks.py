@@ -22,6 +22,7 @@ import ray
 from ray import exceptions
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from cluster import disk
 from cluster.placement import placement
 from operators.stage import StageContext
 
@@ -63,11 +64,18 @@ class _Whereabouts:
 
 
 @ray.remote
-def _run(function: Callable[..., Any], whereabouts: Any, stage: str, index: int, *arguments: Any) -> tuple[str, Any]:
+def _run(
+    function: Callable[..., Any], whereabouts: Any, stage: str, directory: str, index: int, *arguments: Any
+) -> tuple[str, Any]:
     node = ray.get_runtime_context().get_node_id()
     if whereabouts is not None:
         whereabouts.tell.remote(stage, index, node)
-    return node, function(*arguments)
+    try:
+        return node, function(*arguments)
+    except Exception as error:
+        if disk.is_full(error):  # which disk only this machine can tell
+            raise disk.full(error, directory) from error
+        raise
 
 
 @dataclass
@@ -197,7 +205,9 @@ class _Flight:
 
     def _start(self, index: int, options: dict[str, Any]) -> None:
         unit = self._units[index]
-        task = _run.options(**options).remote(self._function, self._whereabouts, self._stage, index, *unit.arguments)
+        task = _run.options(**options).remote(
+            self._function, self._whereabouts, self._stage, self._context.directory, index, *unit.arguments
+        )
         unit.tasks.append(task)
         self._running[task] = index
 

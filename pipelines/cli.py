@@ -19,7 +19,7 @@ from typing import Any, Literal
 from rich.console import Console
 
 from cluster import storage
-from cluster.remote import PathError
+from cluster.remote import PathError, StoreGone
 from cluster.startup import defer_pandas
 from operators.config import SettingsError
 from operators.stage import Cancelled
@@ -41,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from pipelines.runner import explain
 
         _complain(explain(error), "error: ")
-        return 1 if error.errno == errno.ENOSPC else 2
+        return 1 if error.errno == errno.ENOSPC or isinstance(error, StoreGone) else 2
     except KeyboardInterrupt:
         return 130
 

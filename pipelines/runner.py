@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import errno
 import fcntl
 import json
 import os
@@ -27,9 +26,11 @@ from typing import IO, Any
 
 import psutil
 
-from cluster import connect, storage
+from cluster import connect, disk, storage
+from cluster.disk import DiskFull
 from cluster.lease import Lease, LeaseHeld
 from cluster.placement import gpus
+from cluster.remote import StoreGone
 from operators import shards
 from operators.config import SettingsError
 from operators.ledger import LedgerError
@@ -257,7 +258,7 @@ class Run:
             status = "pending"
         except BaseException as error:  # noqa: BLE001 - a stage's failure is recorded and told, whatever it is
             status = "pending" if self.cancelled.is_set() else "failed"
-            message = explain(error)
+            message = explain(error, node.directory)
         seconds = time.time() - self._started[node.name]
         with self._lock:
             self._status[node.name] = status
@@ -490,16 +491,18 @@ def preflight(node: Node, base_directory: str) -> None:
         raise type(error)(f"stages.{node.name}: {error}") from error
 
 
-def explain(error: BaseException) -> str:
-    """An error as one message a user can act on: the cause rather than Ray's wrapping of it."""
+def explain(error: BaseException, directory: str | None = None) -> str:
+    """An error as one message a user can act on: the cause rather than Ray's wrapping of it. `directory` is the stage's."""
     cause: BaseException = error
     while True:
         inner = getattr(cause, "cause", None) or cause.__cause__
-        if not isinstance(inner, BaseException) or inner is cause or type(cause) is ConnectionError:  # ours says more
-            break
+        if not isinstance(inner, BaseException) or inner is cause or type(cause) in (ConnectionError, DiskFull, StoreGone):
+            break  # ours say more
         cause = inner
-    if (isinstance(cause, OSError) and cause.errno == errno.ENOSPC) or "No space left on device" in str(cause):
-        return f"the disk is full ({cause}); free space and run the same command again: it goes on where it stopped"
+    if disk.is_full(cause):
+        return str(disk.full(cause, directory))
+    if isinstance(cause, StoreGone):
+        return f"{cause}. What was committed stays: once the store answers, the same command goes on where it stopped"
     if isinstance(cause, SettingsError | LedgerError | FileNotFoundError | PermissionError | RunError):
         return str(cause)
     if os.environ.get("DANLU_TRACEBACK"):

@@ -54,15 +54,8 @@ Box = tuple[tuple[int, ...], tuple[int, ...]]
 
 def listing(root: str) -> dict[int, str]:
     """The checkpoints below `root` by step, complete or not."""
-    filesystem, inner = storage.resolve(root)
-    if not storage.exists(root):
-        return {}
-    found = {}
-    for entry in filesystem.get_file_info(storage.pafs.FileSelector(inner)):
-        match = _NAME.match(entry.base_name)
-        if match and entry.type == storage.pafs.FileType.Directory:
-            found[int(match[1])] = storage.join(root, entry.base_name)
-    return found
+    named = ((_NAME.match(path.rsplit("/", 1)[1]), path) for path in storage.list_directories(root))
+    return {int(match[1]): path for match, path in named if match}
 
 
 def newest(root: str) -> tuple[int, str] | None:
@@ -287,9 +280,8 @@ def _write(directory: str, file: str, parts: Mapping[str, torch.Tensor], boxes: 
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     if storage.is_remote(destination):  # a single upload, which the store makes visible at its end
-        filesystem, inner = storage.resolve(destination)
-        with filesystem.open_output_stream(inner) as stream:
-            size = _write_file(stream, text, parts)
+        size = 8 + len(text) + position
+        storage.upload(destination, size, lambda stream: _write_file(stream, text, parts))
     else:
         scratch = storage.scratch_file(directory.rpartition("/")[0])
         with open(scratch, "wb") as local:

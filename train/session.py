@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from cluster import disk, storage
 from cluster.placement import gpus, placement
 from train import jobs
 from train.coordinator import Coordinator
@@ -76,6 +77,8 @@ class TrainGroup:
             from ray.train import FailureConfig, RunConfig, ScalingConfig
             from ray.train.torch import TorchConfig, TorchTrainer
 
+            # Ray Train's own requests wait for a store as well, and the store is the one that the environment names.
+            filesystem, path = storage.resolve(self.storage_path)
             TorchTrainer(
                 serve,
                 train_loop_config={"coordinator": self._coordinator},
@@ -88,7 +91,8 @@ class TrainGroup:
                 # A name that was used before would silently resume that run.
                 run_config=RunConfig(
                     name=f"training-{uuid.uuid4().hex[:12]}",
-                    storage_path=self.storage_path,
+                    storage_path=path,
+                    storage_filesystem=filesystem,
                     failure_config=FailureConfig(max_failures=_GROUP_RESTARTS),
                 ),
             ).fit()
@@ -204,6 +208,8 @@ def _attempt(job: dict[str, Any], workers: Workers, reporter: _Reporter) -> dict
         return {"error": str(error), "details": "", "cancelled": True, "secondary": False}
     except Exception as error:  # noqa: BLE001  told to the stage that submitted the job
         message = str(error) if isinstance(error, JobError) else f"{type(error).__name__}: {error}"
+        if disk.is_full(error):
+            message = str(disk.full(error, job["directory"]))
         return {"error": message, "details": traceback.format_exc(), "secondary": isinstance(error, JobError)}
     finally:
         if tracked is not None:

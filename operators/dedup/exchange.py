@@ -10,11 +10,12 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
 
-from cluster import storage
+from cluster import disk, storage
 
 
 def keys_directory(directory: str) -> str:
@@ -52,25 +53,33 @@ class RunFile:
 
     def __init__(self, directory: str, destination: str) -> None:
         self._scratch, self._destination = storage.scratch_file(directory), destination
-        self._stream = open(self._scratch, "wb")  # noqa: SIM115 - closed by publish or abandon
+        with disk.writing(self._scratch):
+            self._stream = open(self._scratch, "wb")  # noqa: SIM115 - closed by publish or abandon
 
     def append(self, array: np.ndarray) -> None:
-        self._stream.write(np.ascontiguousarray(array).data)
+        with disk.writing(self._scratch):
+            self._stream.write(np.ascontiguousarray(array).data)
 
     def publish(self) -> None:
-        self._stream.close()
+        with disk.writing(self._scratch):
+            self._stream.close()
         storage.publish(self._scratch, self._destination)
 
     def abandon(self) -> None:
-        self._stream.close()
+        with suppress(OSError):  # a full disk does not take what is still buffered
+            self._stream.close()
         if os.path.exists(self._scratch):
             os.unlink(self._scratch)
 
 
 def write_array(directory: str, path: str, array: np.ndarray) -> None:
     file = RunFile(directory, path)
-    file.append(array)
-    file.publish()
+    try:
+        file.append(array)
+        file.publish()
+    except BaseException:
+        file.abandon()
+        raise
 
 
 def read_rows(path: str, start: int, stop: int, width: int, dtype: type = np.uint64) -> np.ndarray:

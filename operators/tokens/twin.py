@@ -20,7 +20,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from cluster import storage
+from cluster import disk, storage
 
 TOKENS, INDEX, BOUNDARIES, BOUNDARY_OFFSETS = "tokens.bin", "tokens.json", "boundaries.bin", "boundary_offsets.bin"
 
@@ -94,7 +94,7 @@ def _stream(directory: str, name: str) -> Iterator[_Hashed]:
     """A local scratch file that takes its name when complete."""
     scratch = storage.scratch_file(directory)
     try:
-        with open(scratch, "wb") as stream:
+        with disk.writing(scratch), open(scratch, "wb") as stream:
             yield _Hashed(stream)
         storage.publish(scratch, storage.join(directory, name))
     finally:

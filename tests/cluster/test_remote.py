@@ -5,12 +5,17 @@ from __future__ import annotations
 import gzip
 import hashlib
 import io
+import itertools
+import json
+import subprocess
 import threading
 import time
+import types
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -115,10 +120,50 @@ def test_a_server_that_is_killed_and_started_again_loses_no_write_and_no_read(fo
 
 
 def test_a_store_that_never_answers_is_given_up_with_its_name(folder: str, line: Line, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("DANLU_STORAGE_PATIENCE_S", "2")
+    """Once, and not again for every file that a run which ends wants to write."""
+    waited: list[float] = []
+    clock = itertools.count(0.0, 60.0)
+    monkeypatch.setattr("cluster.remote.time", types.SimpleNamespace(sleep=waited.append, monotonic=lambda: next(clock)))
+    monkeypatch.setenv("DANLU_STORAGE_PATIENCE_S", "100")
     line.refused = 10_000
-    with pytest.raises(OSError, match=r"has not answered for .* s .* tries"):
+    with pytest.raises(remote.StoreGone, match=rf"s3://{BUCKET} at {line.endpoint} has not answered for 120 s \(2 tries"):
         storage.read_bytes(f"{folder}/x")
+    with pytest.raises(remote.StoreGone, match=r"\(1 tries"):
+        storage.write_bytes(f"{folder}/x", b"x")
+    line.refused = 0
+    storage.write_bytes(f"{folder}/x", b"x")
+    line.refused = 10_000
+    with pytest.raises(remote.StoreGone, match=r"for 120 s \(2 tries"):
+        storage.read_bytes(f"{folder}/x")
+    assert len(waited) == 2, "of the three that were given up"
+    remote._given_up.clear()
+
+
+def test_an_object_is_as_it_was_while_the_store_refuses_its_successor(
+    folder: str, line: Line, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DANLU_STORAGE_PATIENCE_S", "1")
+    storage.write_bytes(f"{folder}/run.json", b"the one before")
+    refusals = 40
+
+    def write(stream: object) -> None:
+        line.refused = refusals
+        raise OSError("AWS Error SLOW_DOWN during PutObject operation")
+
+    with pytest.raises(remote.StoreGone):
+        storage.upload(f"{folder}/run.json", 5, write)
+    line.refused = 0
+    remote._given_up.clear()
+    assert storage.read_bytes(f"{folder}/run.json") == b"the one before"
+
+
+def test_an_empty_folder_that_is_known_and_not_listed_holds_nothing(folder: str, object_store: ObjectStore) -> None:
+    storage.write_bytes(f"{folder}/a/x", b"x")
+    object_store.empty_folder(f"{folder[5:]}/a/.scratch")
+    assert storage.exists(f"{folder}/a/.scratch")
+    assert storage.list_all(f"{folder}/a/.scratch") == storage.list_directories(f"{folder}/a/.scratch") == []
+    storage.delete(f"{folder}/a/.scratch")
+    assert [entry.relative for entry in storage.list_all(f"{folder}/a")] == ["x"]
 
 
 def test_wrong_credentials_and_missing_files_are_told_at_once(folder: str, line: Line, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -188,6 +233,51 @@ def test_a_folder_has_one_holder_and_a_dead_one_is_succeeded(folder: str, monkey
     assert storage.exists(f"{folder}/.lock"), "what belongs to another holder stays"
     third.release()
     assert not storage.exists(f"{folder}/.lock")
+
+
+def test_a_holder_that_died_on_this_machine_is_succeeded_at_once_and_one_elsewhere_after_its_lease(
+    folder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lease, "SETTLE_S", 0.1)
+    child = subprocess.Popen(["sleep", "60"])
+    record = {
+        "token": "t", "host": "h", "process": child.pid, "since": "s", "machine": lease._machine(),
+        "started": psutil.Process(child.pid).create_time(),
+    }  # fmt: skip
+    storage.write_bytes(f"{folder}/.lock", json.dumps(record).encode())
+    mine = lease.Lease(folder, lambda holder: None)
+    with pytest.raises(lease.LeaseHeld, match=f"process {child.pid} on h"):
+        mine.claim()
+    child.kill()
+    child.wait()
+    held = lease.look(folder)
+    assert held is not None and not held.alive
+    storage.write_bytes(f"{folder}/.lock", json.dumps({**record, "machine": "another"}).encode())
+    with pytest.raises(lease.LeaseHeld, match=f"process {child.pid} on h"):
+        mine.claim()
+    monkeypatch.setattr(lease, "STALE_S", 0.0)  # as if 90 seconds had gone by
+    mine.claim()
+    mine.release()
+
+
+def test_a_lease_that_cannot_be_renewed_for_a_while_is_renewed_when_the_store_answers(
+    folder: str, line: Line, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("SETTLE_S", "RENEW_S"):
+        monkeypatch.setattr(lease, name, 0.1)
+    monkeypatch.setenv("DANLU_STORAGE_PATIENCE_S", "0")
+    mine = lease.Lease(folder, lambda holder: None)
+    mine.claim()
+    before = storage.modified_ns(f"{folder}/.lock")
+    line.refused = 8
+    deadline = time.monotonic() + 60
+    while line.refused:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    while storage.modified_ns(f"{folder}/.lock") == before:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    mine.release()
 
 
 def test_of_many_claimants_at_once_one_holds(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
