@@ -10,8 +10,9 @@ setup:
 quickstart: setup
 	@$(VENV)/danlu run examples/quickstart.yaml
 
+# Two processes, each with a Ray of its own; a file's tests stay together, for they share what they set up.
 test: setup lint
-	@$(VENV)/python -m pytest -q --durations=40 --durations-min=3 -m "not slow"
+	@$(VENV)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder --durations=40 --durations-min=3 -m "not slow"
 
 test-slow: setup
 	@$(VENV)/python -m pytest -q -m slow

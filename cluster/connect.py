@@ -9,6 +9,8 @@ import shutil
 import socket
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import psutil
@@ -61,7 +63,8 @@ def connect(address: str | None = None, cpus: int | None = None, object_store_by
             if "://" not in address and address.rpartition(":")[2].isdigit() and not token.accepted(address):
                 raise token.refusal(address)
             try:
-                ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+                with _quietly():
+                    ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
             except AuthenticationError:
                 ray.shutdown()
                 raise token.refusal(address) from None
@@ -75,6 +78,25 @@ def connect(address: str | None = None, cpus: int | None = None, object_store_by
     resources = ray.cluster_resources()
     gcs = ray.get_runtime_context().gcs_address
     return Connection(gcs, resources.get("CPU", 0.0), resources.get("GPU", 0.0), _connected_here and address is None)
+
+
+@contextlib.contextmanager
+def _quietly() -> Iterator[None]:
+    """Ray's core, when it is asked to be quiet, says on standard error that it was: all but that line goes on at the end."""
+    sys.stderr.flush()
+    ours = os.dup(2)
+    with tempfile.TemporaryFile() as held:
+        os.dup2(held.fileno(), 2)
+        try:
+            yield
+        finally:
+            sys.stderr.flush()
+            os.dup2(ours, 2)
+            os.close(ours)
+            held.seek(0)
+            for line in held:
+                if b"Set ray log level from environment" not in line:
+                    os.write(2, line)
 
 
 def start_local(cpus: int, object_store_bytes: int) -> None:
@@ -92,16 +114,17 @@ def start_local(cpus: int, object_store_bytes: int) -> None:
     for attempt in range(_STARTS):
         try:
             ray_constants.ENABLE_RAY_CLUSTER = False  # Ray's own switch (RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER) for loopback
-            ray.init(
-                address="local",  # whatever RAY_ADDRESS says, and beside any cluster that runs on this machine
-                num_cpus=cpus,
-                object_store_memory=object_store_bytes,
-                include_dashboard=False,
-                log_to_driver=False,
-                logging_level=logging.ERROR,
-                configure_logging=True,
-                _system_config=_HEALTH,
-            )
+            with _quietly():
+                ray.init(
+                    address="local",  # whatever RAY_ADDRESS says, and beside any cluster that runs on this machine
+                    num_cpus=cpus,
+                    object_store_memory=object_store_bytes,
+                    include_dashboard=False,
+                    log_to_driver=False,
+                    logging_level=logging.ERROR,
+                    configure_logging=True,
+                    _system_config=_HEALTH,
+                )
             _servers.update({child.name(): child for child in psutil.Process().children() if child.name() in _SERVERS})
             return
         except Exception as error:

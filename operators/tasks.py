@@ -15,6 +15,7 @@ import time
 import uuid
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -142,15 +143,11 @@ class _Flight:
         self._whereabouts: Any = None
         self._finished: dict[str, float] = {}  # when a node last brought a result
         self._durations: deque[float] = deque(maxlen=200)
-        self._looked = 0.0
+        self._looked = float("-inf")
 
     def results(self) -> Iterator[tuple[int, Any]]:
-        if len(_nodes(self._options["resources"])) > 1:
-            here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
-            self._whereabouts = _Whereabouts.options(  # type: ignore[attr-defined]
-                name="danlu-whereabouts", get_if_exists=True, scheduling_strategy=here
-            ).remote()
         while True:
+            self._look()
             self._hand_out()
             if not self._units:
                 return
@@ -177,8 +174,6 @@ class _Flight:
                 del self._units[index]
                 self._end(unit)
                 yield index, result
-            if self._exhausted and self._whereabouts is not None:
-                self._copy_the_slow()
 
     def cancel(self) -> None:
         for unit in self._units.values():
@@ -231,11 +226,21 @@ class _Flight:
         if not unit.tasks:  # no copy is out
             self._again.append(index)
 
-    def _copy_the_slow(self) -> None:
+    def _look(self) -> None:
+        """Now and then: from the moment that there are two nodes it is noted where units begin; at the end, copies."""
         now = time.monotonic()
         if now - self._looked < _LOOK_S:
             return
         self._looked = now
+        if self._whereabouts is None and len(_nodes(self._options["resources"])) > 1:
+            here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+            self._whereabouts = _Whereabouts.options(  # type: ignore[attr-defined]
+                name="danlu-whereabouts", get_if_exists=True, scheduling_strategy=here
+            ).remote()
+        if self._exhausted and self._whereabouts is not None:
+            self._copy_the_slow(now)
+
+    def _copy_the_slow(self, now: float) -> None:
         limit = self._deadline_s
         if len(self._durations) >= 3:
             limit = min(limit, max(_LEAST_SLOW_S, _SLOW * statistics.median(self._durations)))
@@ -246,10 +251,10 @@ class _Flight:
         ]
         if not slow:
             return
-        try:
+        known: list[str | None] = [None] * len(slow)
+        # it may be on its way to another node; a first copy that goes to the same node again is followed by a second one elsewhere
+        with suppress(exceptions.RayActorError, exceptions.GetTimeoutError):
             known = ray.get(self._whereabouts.where.remote(self._stage, slow), timeout=10)
-        except (exceptions.RayActorError, exceptions.GetTimeoutError):
-            return  # it is being started again elsewhere: advice that is missing holds nothing up but a copy
         alive = _nodes(self._options["resources"])
         for index, place in zip(slow, known, strict=True):
             unit = self._units[index]

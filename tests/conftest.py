@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +14,11 @@ from tests.cluster.object_store import line, object_store
 __all__ = ["line", "object_store"]
 
 ROOT = Path(__file__).resolve().parent.parent
+
+if worker := os.environ.get("PYTEST_XDIST_WORKER"):
+    # A process that looks for "the Ray of this machine" is to find the one of its own half of the suite. The path is short:
+    # Ray puts sockets below it.
+    os.environ["RAY_TMPDIR"] = f"/tmp/danlu-{worker}"
 
 
 def _tell_dead_servers(config: pytest.Config, logs: Path, ended: threading.Event) -> None:

@@ -201,7 +201,7 @@ def remove_rows(plan: Plan, number: int) -> None:
         return
     part, record, source = plan.parts[number], exchange.load_record(plan.directory, "resolve", 0), plan.source(number)
     gone = exchange.read_rows(plan.path("members.bin"), record["starts"][source], record["starts"][source + 1], 5)
-    entry: dict[str, Any] = {"bitmap": None, "removed_rows": part.removed_rows, "table": None}
+    entry: dict[str, Any] = {"bitmap": None, "removed_rows": part.removed_rows, "table": None, "own_copies": 0}
     if len(gone) or part.removed:
         bitmap = shards.load_bitmap(part).copy()
         bitmap[(gone[:, 0] - np.uint64(part.first_ordinal)).astype(np.int64)] = True
@@ -214,6 +214,7 @@ def remove_rows(plan: Plan, number: int) -> None:
         cards = removed.read_cards([plan.path("cards", f"{q:08d}.arrow") for q in removed.sources(gone, plan.firsts)], source)
         table = removed.removed_table(gone, part.first_ordinal, ids, sketches, cards, plan.numbering)
         entry["table"] = removed.write_table(plan.directory, number, table)
+        entry["own_copies"] = removed.own_copies(table, plan.against)
     if plan.generation is not None:
         entry["indexed_rows"] = keep_rows(plan, number, ids, sketches, gone, table)
     exchange.commit(plan.directory, "remove", number, entry)

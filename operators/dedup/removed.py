@@ -162,6 +162,13 @@ def removed_table(
     )
 
 
+def own_copies(table: pa.Table, generations: Sequence[str]) -> int:
+    """How many removed rows matched one of the index with the same id: rows that an earlier stage was given already."""
+    indexed = pc.is_in(table["match_from"], pa.array(generations, pa.string()))
+    same = pc.and_(indexed, pc.equal(table["id"], table["match_id"]))
+    return int(pc.sum(same, min_count=0).as_py())
+
+
 def write_table(directory: str, number: int, table: pa.Table) -> str:
     """Write the removed rows of a part; the file's name relative to the directory."""
     scratch = storage.scratch_file(directory)

@@ -82,7 +82,7 @@ def _finish(context: StageContext, plan: Plan, grown: dict[str, int] | None, tim
     mapped = exchange.load_record(directory, "index", 0)
     joined = [exchange.load_record(directory, "join", number) for number in range(plan.partitions)]
     resolved = exchange.load_record(directory, "resolve", 0)
-    view, tables = [], []
+    view, tables, own = [], [], 0
     for number, part in list(enumerate(plan.parts))[plan.references :]:
         entry = exchange.load_record(directory, "remove", number)
         view.append(
@@ -93,6 +93,7 @@ def _finish(context: StageContext, plan: Plan, grown: dict[str, int] | None, tim
                 "removed_rows": entry["removed_rows"],
             }
         )
+        own += entry.get("own_copies", 0)  # a run that an earlier version began has none
         if entry["table"]:
             tables.append(entry["table"])
     rows_in = sum(part.kept_rows for part in plan.parts[plan.references :])
@@ -107,7 +108,12 @@ def _finish(context: StageContext, plan: Plan, grown: dict[str, int] | None, tim
     if options.finds_exact:
         stats["exact"] = {"removed": resolved["exact"]}
     if plan.known or grown:
-        stats["index"] = {"against": plan.against, "matched": resolved["indexed"], "grown": grown}
+        stats["index"] = {"against": plan.against, "matched": resolved["indexed"], "own_copies": own, "grown": grown}
+        if own:
+            context.log(
+                f"{context.stage}: {own} rows are in the index already under their own id and were removed as copies of themselves: "
+                "give a stage with `index` new rows only, a batch a stage"
+            )
     if options.finds_near:
         verified = [exchange.load_record(directory, "verify", n) for n in range(len(plan.parts))] if plan.verifies else []
         bands, rows = options.shape

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import itertools
 import os
-import re
 import subprocess
 import sys
 import threading
@@ -16,7 +15,6 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
-import yaml
 from pyarrow import fs
 
 from cluster import storage
@@ -27,10 +25,8 @@ from operators.supervise import Report, Task
 from tests.cluster.object_store import ACCESS, BUCKET, SECRET, Line, ObjectStore
 from tests.conftest import ROOT
 from tests.faults.test_disk_full import corpus_units, files, run_corpus, write_rows
-from tests.faults.test_kill_run import STAGES, finish, outcome, start, write_recipe
+from tests.faults.test_kill_run import RUN, STAGES, comparable, finish, outcome, start, write_recipe, write_whole_recipe
 from tests.operators.synthesis.server import Server, said
-
-RUN = "killed-limit-200"
 
 
 @pytest.fixture(scope="module")
@@ -88,50 +84,6 @@ def wait(process: subprocess.Popen[str], directory: Path, holds: Callable[[], bo
         assert process.poll() is None, (directory / "log").read_text("utf-8")[-3000:]
         assert time.monotonic() < deadline, (directory / "log").read_text("utf-8")[-3000:]
         time.sleep(0.2)
-
-
-def write_whole_recipe(directory: Path, data: str, endpoint: str) -> None:
-    """Corpus, dedup, tokenizer, packing, synthesis, pretraining, fine-tuning, evaluation: input files below `data`."""
-    directory.mkdir()
-    write_recipe(directory)
-    recipe = yaml.safe_load((directory / "recipe.yaml").read_text("utf-8"))
-    stages = recipe["stages"]
-    stages["web"]["read"]["path"] = f"{data}/pages.warc.gz"
-    stages["docs"]["read"]["path"] = [f"{data}/documents.parquet", f"{data}/notes.jsonl"]
-    seeds = [f"{data}/seed_tasks_en.jsonl", f"{data}/seed_tasks_zh.jsonl"]
-    generator = {"model": "m", "endpoint": {"url": endpoint, "concurrency": 8, "revision": "m1"}}
-    tiny = {"layers": 1, "hidden": 32, "heads": 2, "kv_heads": 1}
-    steps = {"learning_rate": 0.001, "max_length": 128}
-    stages |= {
-        "general": {"kind": "conversations", "path": seeds, "format": "seed_tasks"},
-        "told": {"kind": "generate", "input": "general", "prompt": {"user": "$messages"}, "generator": generator},
-        "base": {
-            "kind": "pretrain", "input": "tokens", "steps": 6, "batch_sequences": 4, "checkpoint_every": 3, "model": tiny,
-        },
-        "chat": {
-            "kind": "sft", "model": "base", "input": "general", "steps": 4, "batch_examples": 4, "checkpoint_every": 2, **steps,
-        },
-        "scores": {
-            "kind": "evaluate", "models": ["base", "chat"], "input": "clean", "packed": "tokens", "max_documents": 5,
-            "max_tokens": 256, "prompts": [{"text": "请介绍一下中国的首都。", "lang": "zh"}], "max_new_tokens": 8,
-        },
-    }  # fmt: skip
-    stages["told"]["max_generated_tokens"] = 100_000
-    (directory / "recipe.yaml").write_text(yaml.safe_dump(recipe, allow_unicode=True), "utf-8")
-
-
-#: What differs from run to run, or with where the run lies; everything else must be equal to the byte.
-_DIFFERS = re.compile(r"manifest\.json|timings|result\.json|tensorboard|evaluation/before\.json")
-
-
-def comparable(files: dict[str, str]) -> dict[str, str]:
-    """Files of stages by their path without the fingerprint: that of a recipe with other paths is another."""
-    found = {}
-    for name, digest in files.items():
-        pieces = name.split("/")
-        if len(pieces) > 2 and not name.startswith((".", "log")) and not _DIFFERS.search(name):
-            found["/".join([pieces[0], *pieces[2:]])] = digest
-    return found
 
 
 @pytest.mark.slow

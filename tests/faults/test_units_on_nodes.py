@@ -18,7 +18,6 @@ import pytest
 from tests.cluster.nodes import CONFIGURATION, Node, Nodes, wait_until
 from tests.conftest import ROOT
 
-
 _END_S = 60.0  # a busy machine takes its time
 
 
@@ -67,6 +66,8 @@ class Driver:
             code: int | None = self._process.wait(timeout=_END_S)
         except subprocess.TimeoutExpired:
             code = None
+            self._process.send_signal(signal.SIGUSR1)
+            time.sleep(1.0)
             self._process.kill()
         assert code == 0, (code, self.attempts(), self._log.read_text("utf-8")[-3000:])
 

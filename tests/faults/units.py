@@ -6,6 +6,7 @@ each event and each result.
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import os
 import signal
@@ -47,6 +48,7 @@ def main() -> None:
     def tell(line: dict[str, Any]) -> None:
         print(json.dumps(line), flush=True)
 
+    faulthandler.register(signal.SIGUSR1, all_threads=True)  # a test that waits in vain asks where it stands
     connect(address)
     context = StageContext("units", "units", directory, "", {}, {}, 0, workers=workers)
     context.event = lambda message, facts: tell({"event": message, **facts})

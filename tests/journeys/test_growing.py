@@ -129,3 +129,20 @@ def test_batches_with_a_kept_index_compare_new_rows_alone_and_leave_the_rows_of_
     once = danlu(both, "once")
     assert ids(run, "monday_clean", "tuesday_clean") == ids(once, "monday_clean")
     assert monday == ids(run, "monday_clean")
+
+
+def test_rows_that_are_in_the_index_already_are_removed_as_their_own_copies_and_that_is_said(
+    tmp_path: Path, danlu: Callable[..., Path], capfd: pytest.CaptureFixture[str]
+) -> None:
+    write(tmp_path / "pages", "a", range(20))
+    recipe = {
+        "pages": {"kind": "corpus", "read": {"path": "pages"}, "operators": [{"filter_lengths": {"min_characters": 5}}]},
+        "clean": {"kind": "dedup", "input": "pages", "method": "exact", "index": "index"},
+    }
+    danlu(recipe)
+    write(tmp_path / "pages", "b", range(20, 25))
+    capfd.readouterr()
+    run = danlu(recipe)
+    assert "20 rows are in the index already under their own id" in capfd.readouterr().err
+    _, manifest = stage(run, "clean")
+    assert manifest.stats["index"]["own_copies"] == 20 and manifest.ledger.kept == 5

@@ -11,11 +11,9 @@ from typing import Any
 
 import pytest
 import torch
-from fsspec.implementations.memory import MemoryFileSystem
-from pyarrow import fs as pafs
 from safetensors import safe_open
 
-from cluster import storage
+from tests.cluster.object_store import BUCKET, Line
 from tests.train import group
 from tests.train.conftest import SHAPE
 from tests.train.test_golden_loss import job, losses
@@ -162,13 +160,12 @@ def test_a_checkpoint_is_read_in_parts_that_were_cut_another_way(tmp_path: Path)
             assert torch.equal(reader.read("weight/w", offset, size), expected)
 
 
-def test_the_root_of_checkpoints_may_be_in_an_object_store(packed: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    memory = pafs.PyFileSystem(pafs.FSSpecHandler(MemoryFileSystem()))
-    original = storage.resolve
-    monkeypatch.setattr(storage, "resolve", lambda path: (memory, f"/{path[5:]}") if path.startswith("s3://") else original(path))
+def test_the_root_of_checkpoints_may_be_in_an_object_store(
+    packed: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: Line
+) -> None:
     monkeypatch.setenv("DANLU_CACHE", str(tmp_path / "cache"))
     settings = job(packed, steps=9, checkpoint_every=2, track=TrackSettings(tensorboard=False))
-    uri = "s3://bucket/run"
+    uri = f"s3://{BUCKET}/{tmp_path.name}"
     with pytest.raises(pretrain.JobCancelled):
         pretrain.run(settings, uri, Workers(report=lambda done, *_: done == 5))
     assert sorted(checkpoint.listing(f"{uri}/checkpoints")) == [4, 5]
