@@ -12,10 +12,8 @@ from __future__ import annotations
 
 import statistics
 import time
-import uuid
-from collections import OrderedDict, deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -36,7 +34,7 @@ _LOOK_S = 2.0  # between two looks for such units
 _COPIES = 2
 _CRASHES = 5  # of a worker process, with one unit; more means that the unit is to blame, not a machine
 _LOSSES = 20  # of nodes, and of the memory of a node, with one unit
-_PLACES = 1 << 16
+_REMEMBERED = 4096  # results
 
 _NODE_LOST = (
     exceptions.NodeDiedError, exceptions.ObjectLostError, exceptions.OwnerDiedError, exceptions.TaskUnschedulableError,
@@ -48,31 +46,10 @@ class UnitLost(RuntimeError):
     """A unit whose tasks ended too often without a result; the message says how."""
 
 
-@ray.remote(num_cpus=0, max_restarts=-1)
-class _Whereabouts:
-    """On which node the newest tasks began: where not to put a second copy. Advice alone, and not complete."""
-
-    def __init__(self) -> None:
-        self._nodes: OrderedDict[tuple[str, int], str] = OrderedDict()
-
-    def tell(self, stage: str, index: int, node: str) -> None:
-        self._nodes[stage, index] = node
-        if len(self._nodes) > _PLACES:
-            self._nodes.popitem(last=False)
-
-    def where(self, stage: str, indices: list[int]) -> list[str | None]:
-        return [self._nodes.get((stage, index)) for index in indices]
-
-
 @ray.remote
-def _run(
-    function: Callable[..., Any], whereabouts: Any, stage: str, directory: str, index: int, *arguments: Any
-) -> tuple[str, Any]:
-    node = ray.get_runtime_context().get_node_id()
-    if whereabouts is not None:
-        whereabouts.tell.remote(stage, index, node)
+def _run(function: Callable[..., Any], directory: str, *arguments: Any) -> tuple[str, Any]:
     try:
-        return node, function(*arguments)
+        return ray.get_runtime_context().get_node_id(), function(*arguments)
     except Exception as error:
         if disk.is_full(error):  # which disk only this machine can tell
             raise disk.full(error, directory) from error
@@ -139,15 +116,12 @@ class _Flight:
         self._running: dict[Any, int] = {}
         self._again: deque[int] = deque()
         self._exhausted = False
-        self._stage = uuid.uuid4().hex
-        self._whereabouts: Any = None
-        self._finished: dict[str, float] = {}  # when a node last brought a result
+        self._brought: deque[tuple[float, str]] = deque(maxlen=_REMEMBERED)  # results: when, from which node
         self._durations: deque[float] = deque(maxlen=200)
-        self._looked = float("-inf")
+        self._looked = 0.0
 
     def results(self) -> Iterator[tuple[int, Any]]:
         while True:
-            self._look()
             self._hand_out()
             if not self._units:
                 return
@@ -169,11 +143,13 @@ class _Flight:
                     if self._describe is None:
                         raise
                     raise RuntimeError(f"{self._describe(index)} failed: {error.cause}") from error
-                self._finished[node] = time.monotonic()
+                self._brought.append((time.monotonic(), node))
                 self._durations.append(time.monotonic() - unit.began)
                 del self._units[index]
                 self._end(unit)
                 yield index, result
+            if self._exhausted:
+                self._copy_the_slow()
 
     def cancel(self) -> None:
         for unit in self._units.values():
@@ -200,9 +176,7 @@ class _Flight:
 
     def _start(self, index: int, options: dict[str, Any]) -> None:
         unit = self._units[index]
-        task = _run.options(**options).remote(
-            self._function, self._whereabouts, self._stage, self._context.directory, index, *unit.arguments
-        )
+        task = _run.options(**options).remote(self._function, self._context.directory, *unit.arguments)
         unit.tasks.append(task)
         self._running[task] = index
 
@@ -226,21 +200,16 @@ class _Flight:
         if not unit.tasks:  # no copy is out
             self._again.append(index)
 
-    def _look(self) -> None:
-        """Now and then: from the moment that there are two nodes it is noted where units begin; at the end, copies."""
+    def _copy_the_slow(self) -> None:
+        """Give units that take too long to a second node: the one that brought most results since they were handed out.
+
+        Where a unit runs is not asked: a node that is slow, frozen or cut off brings few results, or none. Should a copy go
+        to the same node after all, the next one goes elsewhere.
+        """
         now = time.monotonic()
         if now - self._looked < _LOOK_S:
             return
         self._looked = now
-        if self._whereabouts is None and len(_nodes(self._options["resources"])) > 1:
-            here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
-            self._whereabouts = _Whereabouts.options(  # type: ignore[attr-defined]
-                name="danlu-whereabouts", get_if_exists=True, scheduling_strategy=here
-            ).remote()
-        if self._exhausted and self._whereabouts is not None:
-            self._copy_the_slow(now)
-
-    def _copy_the_slow(self, now: float) -> None:
         limit = self._deadline_s
         if len(self._durations) >= 3:
             limit = min(limit, max(_LEAST_SLOW_S, _SLOW * statistics.median(self._durations)))
@@ -249,21 +218,18 @@ class _Flight:
             for index, unit in self._units.items()
             if unit.tasks and len(unit.copies) < _COPIES and now - unit.began > limit * (1 + len(unit.copies))
         ]
-        if not slow:
+        if not slow or len(alive := _nodes(self._options["resources"])) < 2:
             return
-        known: list[str | None] = [None] * len(slow)
-        # it may be on its way to another node; a first copy that goes to the same node again is followed by a second one elsewhere
-        with suppress(exceptions.RayActorError, exceptions.GetTimeoutError):
-            known = ray.get(self._whereabouts.where.remote(self._stage, slow), timeout=10)
-        alive = _nodes(self._options["resources"])
-        for index, place in zip(slow, known, strict=True):
+        latest = {node: when for when, node in self._brought}
+        for index in slow:
             unit = self._units[index]
-            others = [node for node in alive if node != place and node not in unit.copies]
+            others = [node for node in alive if node not in unit.copies]
             if not others:
                 continue
-            node = max(others, key=lambda node: self._finished.get(node, 0.0))  # one that has just shown that it works
+            since = Counter(node for when, node in self._brought if when > unit.began)
+            node = max(others, key=lambda node: (since[node], latest.get(node, 0.0)))
             unit.copies.add(node)
-            told = {"unit": self._number(index), "seconds": round(now - unit.began), "from": place, "to": node}
+            told = {"unit": self._number(index), "seconds": round(now - unit.began), "to": node}
             self._context.event("unit copied", told)
             strategy = NodeAffinitySchedulingStrategy(node, soft=False)
             self._start(index, {**self._options, "scheduling_strategy": strategy})

@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 if worker := os.environ.get("PYTEST_XDIST_WORKER"):
     # A process that looks for "the Ray of this machine" is to find the one of its own half of the suite. The path is short:
     # Ray puts sockets below it.
-    os.environ["RAY_TMPDIR"] = f"/tmp/danlu-{worker}"
+    os.environ["RAY_TMPDIR"] = f"/tmp/danlu-{os.getuid()}-{worker}"
 
 
 def _tell_dead_servers(config: pytest.Config, logs: Path, ended: threading.Event) -> None:

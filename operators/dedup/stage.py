@@ -111,7 +111,7 @@ def _finish(context: StageContext, plan: Plan, grown: dict[str, int] | None, tim
         stats["index"] = {"against": plan.against, "matched": resolved["indexed"], "own_copies": own, "grown": grown}
         if own:
             context.log(
-                f"{context.stage}: {own} rows are in the index already under their own id and were removed as copies of themselves: "
+                f"{context.stage}: {own} rows are in the index already under their own id and were removed as their own copies: "
                 "give a stage with `index` new rows only, a batch a stage"
             )
     if options.finds_near:
