@@ -2,6 +2,9 @@
 
 Four nodes share the cores of two here: what is measured then is what more nodes cost, not what they bring. The driver
 joins each cluster as it would join any other; the stages' own seconds count, not the start. Bytes are the same throughout.
+
+Then what idle nodes cost Ray's control process: its CPU beside 2 to 16 of them, each checked once a second (Ray's default is
+once in three).
 """
 
 from __future__ import annotations
@@ -12,15 +15,19 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from statistics import median
 from typing import Any
 
+import numpy as np
 import yaml
 
 from benchmarks.corpus import material
 from benchmarks.measure import ROOT, arguments, publish
 from tests.cluster.nodes import CONFIGURATION, Nodes
+
+_CONTROL_S = 30.0
 
 
 def main() -> None:
@@ -50,6 +57,9 @@ def main() -> None:
     middle = {count: {stage: median(one[stage] for one in found) for stage in ("web", "clean")} for count, found in seconds.items()}
     total = {count: sum(found.values()) for count, found in middle.items()}
     figures: dict[str, Any] = {"stage_seconds": middle, "mb_a_second": {count: text_bytes / 1e6 / total[count] for count in total}}
+    with tempfile.TemporaryDirectory() as folder:
+        figures["control_process_ms_a_second"] = load = _control_load(Path(folder), (1, 2, 4) if options.quick else (2, 4, 8, 16))
+        figures["control_process_ms_a_second_and_node"] = float(np.polyfit(list(load), list(load.values()), 1)[0])
     figures |= {"speedup": {count: total[1] / total[count] for count in total}, "cores": os.cpu_count()}
     publish("cluster.nodes", {}, figures, data=description, quick=options.quick)
 
@@ -66,6 +76,25 @@ def _run(place: Path, runs: Path, count: int) -> dict[str, float]:
         nodes.close()
     record = json.loads((runs / "nodes" / "run.json").read_text())
     return {name: float(stage["seconds"]) for name, stage in record["stages"].items()}
+
+
+def _control_load(place: Path, counts: tuple[int, ...]) -> dict[int, float]:
+    """Milliseconds of CPU a second that Ray's control process takes beside so many nodes."""
+    nodes, found = Nodes(place), {}
+    try:
+        added = 0
+        for count in counts:
+            for _ in range(count - added):
+                nodes.add(cpus=1)
+            added = count
+            time.sleep(15.0)  # what their start costs is over
+            before = sum(nodes.control.cpu_times()[:2])
+            time.sleep(_CONTROL_S)
+            found[count] = (sum(nodes.control.cpu_times()[:2]) - before) / _CONTROL_S * 1e3
+            print(f"{count} idle nodes: {found[count]:.1f} ms/s", file=sys.stderr)
+    finally:
+        nodes.close()
+    return found
 
 
 def _digest(runs: Path) -> str:

@@ -134,7 +134,7 @@ class Nodes:
         # not on loopback: a driver that joins a Ray at 127.0.0.1 looks for it at this machine's own address, which the host finds
         started = self._start(address, prefix, head=True, num_cpus=0, gcs_server_port=port)
         self.address = str(started["address"])
-        self.head, self._control = Node(psutil.Process(started["raylet"])), psutil.Process(started["gcs_server"])
+        self.head, self.control = Node(psutil.Process(started["raylet"])), psutil.Process(started["gcs_server"])
         self._all = [self.head]
 
     def add(
@@ -154,24 +154,24 @@ class Nodes:
 
     def kill_control_process(self, pause_s: float = 1.0) -> None:
         """`kill -9` of Ray's GCS, and the same command again, as what watches over it would."""
-        command, environment, directory = self._control.cmdline(), self._control.environ(), self._control.cwd()
-        self._control.kill()
-        psutil.wait_procs([self._control], timeout=30)
+        command, environment, directory = self.control.cmdline(), self.control.environ(), self.control.cwd()
+        self.control.kill()
+        psutil.wait_procs([self.control], timeout=30)
         time.sleep(pause_s)
         again = subprocess.Popen(
             [*self._prefix, *command], env=environment, cwd=directory, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )
-        self._control = psutil.Process(again.pid)
+        self.control = psutil.Process(again.pid)
 
     def kill_head(self) -> None:
         """The head host is lost: control process, raylet and all."""
-        self._control.kill()
+        self.control.kill()
         self.head.kill()
 
     def close(self) -> None:
         for node in self._all:
             node.kill()
-        self._control.kill()
+        self.control.kill()
         for process in [*(host.process for host in self._hosts.values()), self._redis]:
             if process is not None:
                 process.kill()
