@@ -14,7 +14,10 @@ import sys
 import tempfile
 import threading
 import time
+from collections import Counter
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import psutil
 import yaml
@@ -63,6 +66,19 @@ class Group:
                 time.sleep(0.1)
 
 
+def _by_name(processes: list[int]) -> dict[str, float]:
+    """Resident megabytes of the largest processes, those of one name together; what they share counts for each."""
+    found: Counter[str] = Counter()
+    for pid in processes:
+        with suppress(psutil.Error):
+            process = psutil.Process(pid)
+            line = process.cmdline()
+            supervised = "operators.supervise" in line
+            name = "a unit's child" if supervised else line[0] if line and line[0].startswith("ray::") else process.name()
+            found[name] += process.memory_info().rss
+    return {name: count / 1e6 for name, count in found.most_common(6)}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--memory-gib", type=float, default=3.0)
@@ -82,7 +98,8 @@ def main() -> None:
         }
         recipe = place / "recipe.yaml"
         recipe.write_text(yaml.safe_dump({"name": "bounded", "seed": 17, "stages": stages}))
-        group, found, ended = Group(memory), {"resident": 0, "driver": 0, "seconds": 0.0}, threading.Event()
+        found: dict[str, Any] = {"resident": 0, "driver": 0, "who": {}}
+        group, ended = Group(memory), threading.Event()
         try:
             began = time.monotonic()
             run = subprocess.Popen(
@@ -93,7 +110,8 @@ def main() -> None:
 
             def watch() -> None:
                 while not ended.wait(0.2):
-                    found["resident"] = max(found["resident"], group.resident())
+                    if (now := group.resident()) > found["resident"]:
+                        found["resident"], found["who"] = now, _by_name(group.processes())
                     try:
                         found["driver"] = max(found["driver"], psutil.Process(run.pid).memory_info().rss)
                     except psutil.NoSuchProcess:
@@ -121,6 +139,7 @@ def main() -> None:
             "mb_a_second": text_bytes / 1e6 / seconds,
             "peak_resident_mb": found["resident"] / 1e6,
             "peak_with_page_cache_mb": peak / 1e6,
+            "processes_at_the_peak_mb": found["who"],
             "driver_peak_mb": found["driver"] / 1e6,
             "clean": ledger,
         },
