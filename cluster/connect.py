@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -22,11 +23,47 @@ _LEAST_OBJECT_STORE_BYTES = 256 << 20
 _CONNECT_TIMEOUT_S = 10.0
 _SERVERS = ("raylet", "gcs_server")
 _STARTS = 3
+_PULSE_S = 3.0
+_RAY_GIVES_UP_S = 60.0
 _HEALTH = {"health_check_failure_threshold": 60}
 """A lone node is not given up by its own control process because the machine was slow, or asleep, for a minute."""
 _servers: dict[str, psutil.Process] = {}  # of the Ray that this process started
 
 _connected_here = False  # whether this module, not the program around it, connected the process to Ray
+
+
+class Pulse:
+    """Whether the control process at an address (host:port) takes connections: what a driver asks that joined a cluster.
+
+    Ray's own answer to a control process that is gone is to wait a minute and then to end the driver without a word.
+    """
+
+    def __init__(self, address: str) -> None:
+        self.address = address
+        self._host, _, port = address.rpartition(":")
+        self._port = int(port)
+        self._asked = self._answered = time.monotonic()
+        # one that cannot be reached from here at all (a driver outside the cluster, by ray://) tells nothing
+        self._known = self._answers()
+
+    def lost(self) -> float | None:
+        """Seconds since it answered, once Ray is about to give it up; None while there is hope. Asks every few seconds."""
+        now = time.monotonic()
+        if not self._known or now - self._asked < _PULSE_S:
+            return None
+        self._asked = now
+        if self._answers():
+            self._answered = now
+        silent = now - self._answered
+        patience = float(os.environ.get("RAY_gcs_rpc_server_reconnect_timeout_s", _RAY_GIVES_UP_S))  # noqa: SIM112
+        return silent if silent > 0.75 * patience else None
+
+    def _answers(self) -> bool:
+        try:
+            socket.create_connection((self._host.strip("[]"), self._port), timeout=2.0).close()
+        except OSError:
+            return False
+        return True
 
 
 @dataclass(frozen=True)

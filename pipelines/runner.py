@@ -87,6 +87,7 @@ class Run:
         self._started: dict[str, float] = {}
         self._reused: set[str] = set()
         self._failures: dict[str, str] = {}
+        self._pulse: connect.Pulse | None = None
         self._began = time.time()
         self.nodes: list[Node] = []
         self._services = Services(self)
@@ -121,7 +122,8 @@ class Run:
                 if any(node.stage.needs_ray() for node in pending):
                     joining = f"joining Ray at {self.options.address}"
                     self.display.line("starting Ray" if self.options.address is None else joining)
-                    connect.connect(address=self.options.address, cpus=self.options.cpus)
+                    joined = connect.connect(address=self.options.address, cpus=self.options.cpus)
+                    self._pulse = connect.Pulse(joined.address) if self.options.address is not None else None
                 try:
                     self._services.start_early(pending)
                     self._schedule()
@@ -199,6 +201,11 @@ class Run:
             ended = connect.ended_servers() if self.options.address is None else []
             if ended:
                 raise RayLost(f"Ray's {' and '.join(ended)} ended while stages were running")
+            if self._pulse is not None and (silent := self._pulse.lost()) is not None:
+                raise RayLost(
+                    f"Ray's control process at {self._pulse.address} has not answered for {silent:.0f} s (without Redis behind it "
+                    "the cluster is lost with its head: start another)"
+                )
             self._services.stop_unneeded(self._remaining("generate"), self._remaining("train"))
         self._record()
 

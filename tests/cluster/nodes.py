@@ -171,7 +171,8 @@ class Nodes:
     def close(self) -> None:
         for node in self._all:
             node.kill()
-        self.control.kill()
+        with contextlib.suppress(psutil.NoSuchProcess):
+            self.control.kill()
         for process in [*(host.process for host in self._hosts.values()), self._redis]:
             if process is not None:
                 process.kill()
