@@ -7,6 +7,7 @@ is away for longer; a run of days has to outlast that (`DANLU_STORAGE_PATIENCE_S
 from __future__ import annotations
 
 import contextlib
+import datetime
 import functools
 import io
 import logging
@@ -37,6 +38,7 @@ _TRANSIENT = re.compile(
     r"|[Uu]nexpected end of (?:stream|file)|Retry policy exhausted"
 )
 _FINAL = re.compile(r"NO_SUCH_BUCKET|NO_SUCH_KEY|ACCESS_DENIED|INVALID_ACCESS_KEY|SIGNATURE_DOES_NOT_MATCH|CREDENTIAL")
+_NO_TOKEN = re.compile(r"Could not create a OAuth2 access token.*?underlying error message was: (.{0,200}?)(?: error_info|$)", re.S)
 
 
 def patience_s() -> float:
@@ -81,7 +83,12 @@ def patiently(what: str, act: Callable[[], _T], patience: float | None = None, s
             return found
         except StoreGone:
             raise
-        except OSError as error:
+        except (OSError, pa.ArrowException) as error:
+            if told := _NO_TOKEN.search(str(error)):
+                raise PermissionError(
+                    f"{store or what}: Google's client has no credentials ({told[1]}): set GOOGLE_APPLICATION_CREDENTIALS, or run "
+                    "`gcloud auth application-default login`"
+                ) from None
             waited = time.monotonic() - began
             if not is_transient(error):
                 _given_up.discard(store)
@@ -246,7 +253,8 @@ def open_filesystem(uri: str) -> tuple[pafs.FileSystem, str]:
     """The patient filesystem of a URI and the path inside it; the name is taken literally (no %-escapes, no options).
 
     Credentials come from the usual environment (`AWS_ACCESS_KEY_ID`, profiles, instance roles; Google's application default
-    credentials; Hadoop's configuration). `AWS_ENDPOINT_URL_S3` or `AWS_ENDPOINT_URL` names an S3 store other than Amazon's.
+    credentials; Hadoop's configuration). `AWS_ENDPOINT_URL_S3` or `AWS_ENDPOINT_URL` names an S3 store other than Amazon's,
+    `CLOUD_STORAGE_EMULATOR_ENDPOINT` an emulator of Google's.
 
     Raises PathError for credentials inside the URI, ValueError for a scheme that pyarrow does not know.
     """
@@ -254,7 +262,7 @@ def open_filesystem(uri: str) -> tuple[pafs.FileSystem, str]:
     if scheme == "s3":
         return _s3(host, *_s3_environment()), f"{host}/{path}".rstrip("/")
     if scheme in ("gs", "gcs"):
-        return _gcs(), f"{host}/{path}".rstrip("/")
+        return _gcs(os.environ.get("CLOUD_STORAGE_EMULATOR_ENDPOINT", "")), f"{host}/{path}".rstrip("/")
     return _other(scheme, host), f"/{path}"
 
 
@@ -291,8 +299,10 @@ def _s3(bucket: str, endpoint: str, region: str) -> pafs.FileSystem:
 
 
 @functools.cache
-def _gcs() -> pafs.FileSystem:
-    return pafs.PyFileSystem(_Patient(pafs.GcsFileSystem(), "gs://"))
+def _gcs(emulator: str) -> pafs.FileSystem:
+    """Google's client would itself try for 15 minutes; an emulator, which Google's own variable names, knows no credentials."""
+    gcs = pafs.GcsFileSystem(anonymous=bool(emulator), retry_time_limit=datetime.timedelta(seconds=_FIRST_CONTACT_S))
+    return pafs.PyFileSystem(_Patient(gcs, "gs://" + (f" at {emulator}" if emulator else "")))
 
 
 @functools.cache

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import hashlib
 import io
 import itertools
 import json
+import socket
 import subprocess
+import sys
 import threading
 import time
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +24,78 @@ import pyarrow.parquet as pq
 import pytest
 
 from cluster import lease, remote, storage
-from tests.cluster.object_store import BUCKET, Line, ObjectStore
+from tests.cluster.object_store import BUCKET, Line, ObjectStore, free_ports
+from tests.faults.test_disk_full import corpus_units, files, run_corpus, write_rows
+
+
+@pytest.fixture(scope="module")
+def emulator(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
+    """The port of an emulator of Google's store, which holds the bucket."""
+    program = Path(sys.executable).parent / "gcp-storage-emulator"
+    if not program.exists():
+        pytest.skip("gcp-storage-emulator is not installed")
+    (port,) = free_ports(1)
+    with open(tmp_path_factory.mktemp("google") / "log", "wb") as log:
+        process = subprocess.Popen(
+            [program, "start", "--host=127.0.0.1", f"--port={port}", "--in-memory", f"--default-bucket={BUCKET}"],
+            stdout=log, stderr=log,
+        )  # fmt: skip
+    for _ in range(240):
+        with contextlib.suppress(OSError):
+            socket.create_connection(("127.0.0.1", port)).close()
+            break
+        time.sleep(0.25)
+    yield port
+    process.kill()
+    process.wait()
+
+
+@pytest.fixture
+def google(emulator: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[Line]:
+    """A line to it, which the environment names."""
+    found = Line(emulator)
+    monkeypatch.setenv("CLOUD_STORAGE_EMULATOR_ENDPOINT", found.endpoint)
+    yield found
+    found.close()
+
+
+def test_google_s_store_behaves_alike(google: Line, tmp_path: Path) -> None:
+    folder = f"gs://{BUCKET}/{tmp_path.name}"
+    names = ["a b.txt", "中文/ＡＢ.txt", "q+a&b=c.txt"]
+    for name in names:
+        storage.write_bytes(f"{folder}/{name}", name.encode())
+    assert [entry.relative for entry in storage.list_files(folder)] == sorted(names)
+    assert [storage.read_bytes(entry.path).decode() for entry in storage.list_files(folder)] == sorted(names)
+    assert storage.list_directories(folder) == [f"{folder}/中文"]
+    storage.delete(f"{folder}/中文")
+    assert not storage.exists(f"{folder}/中文/ＡＢ.txt")
+    data = content(12 << 20)
+    (tmp_path / "large.gz").write_bytes(data)
+    storage.publish(str(tmp_path / "large.gz"), f"{folder}/large.gz")
+    google.refused = 3
+    assert storage.read_bytes(f"{folder}/large.gz") == data
+    assert google.refused == 0
+    with pytest.raises(FileNotFoundError):
+        storage.read_bytes(f"{folder}/missing")
+
+
+def test_a_corpus_stage_on_google_s_store_has_the_bytes_of_a_local_one(google: Line, tmp_path: Path) -> None:
+    write_rows(tmp_path / "in.jsonl", 1200)
+    folder = f"gs://{BUCKET}/{tmp_path.name}"
+    storage.write_bytes(f"{folder}/in.jsonl", (tmp_path / "in.jsonl").read_bytes())
+    here, there = (corpus_units(f"{place}/in.jsonl", f"{place}/docs") for place in (tmp_path, folder))
+    run_corpus(here)
+    run_corpus(there)
+    assert len(there) > 1 and files(f"{folder}/docs") == files(str(tmp_path / "docs"))
+
+
+def test_google_s_store_without_credentials_is_told_soon(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("CLOUD_STORAGE_EMULATOR_ENDPOINT", raising=False)
+    monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", str(tmp_path / "none.json"))
+    began = time.monotonic()
+    with pytest.raises(PermissionError, match=r"gs://: Google's client has no credentials \(Cannot open .*none\.json"):
+        storage.read_bytes(f"gs://{BUCKET}/x")
+    assert time.monotonic() - began < 60, "not the whole patience"
 
 
 @pytest.fixture

@@ -193,7 +193,7 @@ def test_a_run_whose_disk_is_full_in_corpus_and_in_dedup_ends_at_the_bytes_of_an
 
         def full(made: subprocess.CompletedProcess[str], stages: str) -> None:
             assert made.returncode == 1 and "Traceback" not in made.stderr, made.stderr
-            told = rf"stage ({stages}) .* failed: .*the disk is full that holds {tmp_path}/disk/\S+ on \S+: \S+ \S+ of .* are free"
+            told = rf"({stages}): FAILED: the disk is full that holds {tmp_path}/disk/\S+ on \S+: \S+ \S+ of .* are free"
             assert re.search(told, made.stderr), made.stderr
 
         full(run(corpus_alone), "web|docs")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -131,6 +132,15 @@ def test_a_stopped_job_ends_with_a_checkpoint_and_goes_on_when_asked_again(group
     assert seen[0] > stopped
 
 
+def train_workers() -> list[psutil.Process]:
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):  # it ended while we looked
+            if "RayTrainWorker" in " ".join(process.cmdline()):
+                found.append(process)
+    return found
+
+
 @pytest.mark.slow
 def test_a_killed_worker_is_replaced_and_the_job_goes_on_from_its_checkpoint(
     group: TrainGroup, tmp_path: Path, packed: str
@@ -144,8 +154,7 @@ def test_a_killed_worker_is_replaced_and_the_job_goes_on_from_its_checkpoint(
     def kill(done: int, total: int, note: str, metrics: dict[str, Any]) -> None:
         if done >= 12 and not killed.is_set():
             killed.set()
-            workers = [p for p in psutil.Process().children(recursive=True) if "RayTrainWorker" in " ".join(p.cmdline())]
-            os.kill(workers[0].pid, signal.SIGKILL)
+            os.kill(train_workers()[0].pid, signal.SIGKILL)
 
     result = group.run({"kind": "pretrain", "config": config, "directory": str(tmp_path / "a")}, kill)
     assert killed.is_set()
