@@ -243,6 +243,19 @@ class _Patient(pafs.FileSystemHandler):  # type: ignore[misc]
         raise NotImplementedError("remote objects are not appended to")
 
 
+class _Google(_Patient):
+    """pyarrow lists objects alone here: folders are told from their names, so that of one folder everything below is listed."""
+
+    def get_file_info_selector(self, selector: pafs.FileSelector) -> Any:
+        whole = pafs.FileSelector(selector.base_dir, allow_not_found=selector.allow_not_found, recursive=True)
+        found = {info.path: info for info in super().get_file_info_selector(whole)}
+        root = selector.base_dir.rstrip("/")
+        for path in list(found):
+            while (path := path.rpartition("/")[0]) not in found and len(path) > len(root):
+                found[path] = pafs.FileInfo(path, pafs.FileType.Directory)
+        return [info for path, info in found.items() if selector.recursive or "/" not in path[len(root) + 1 :]]
+
+
 def _gone(delete: Callable[[], None]) -> None:
     """A second try finds nothing where the first one's answer was lost."""
     with contextlib.suppress(FileNotFoundError):
@@ -302,7 +315,7 @@ def _s3(bucket: str, endpoint: str, region: str) -> pafs.FileSystem:
 def _gcs(emulator: str) -> pafs.FileSystem:
     """Google's client would itself try for 15 minutes; an emulator, which Google's own variable names, knows no credentials."""
     gcs = pafs.GcsFileSystem(anonymous=bool(emulator), retry_time_limit=datetime.timedelta(seconds=_FIRST_CONTACT_S))
-    return pafs.PyFileSystem(_Patient(gcs, "gs://" + (f" at {emulator}" if emulator else "")))
+    return pafs.PyFileSystem(_Google(gcs, "gs://" + (f" at {emulator}" if emulator else "")))
 
 
 @functools.cache

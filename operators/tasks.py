@@ -218,7 +218,11 @@ class _Flight:
             for index, unit in self._units.items()
             if unit.tasks and len(unit.copies) < _COPIES and now - unit.began > limit * (1 + len(unit.copies))
         ]
-        if not slow or len(alive := _nodes(self._options["resources"])) < 2:
+        if not slow:
+            return
+        alive = _nodes(self._options["resources"])
+        # a node that was lost counts: Ray may not tell that a task of it is gone
+        if len({*alive, *(node for _, node in self._brought)}) < 2:
             return
         latest = {node: when for when, node in self._brought}
         for index in slow:

@@ -29,8 +29,8 @@ from tests.faults.test_disk_full import corpus_units, files, run_corpus, write_r
 
 
 @pytest.fixture(scope="module")
-def emulator(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
-    """The port of an emulator of Google's store, which holds the bucket."""
+def emulator(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of an emulator of Google's store, which holds the bucket."""
     program = Path(sys.executable).parent / "gcp-storage-emulator"
     if not program.exists():
         pytest.skip("gcp-storage-emulator is not installed")
@@ -45,21 +45,18 @@ def emulator(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
             socket.create_connection(("127.0.0.1", port)).close()
             break
         time.sleep(0.25)
-    yield port
+    yield f"http://127.0.0.1:{port}"
     process.kill()
     process.wait()
 
 
 @pytest.fixture
-def google(emulator: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[Line]:
-    """A line to it, which the environment names."""
-    found = Line(emulator)
-    monkeypatch.setenv("CLOUD_STORAGE_EMULATOR_ENDPOINT", found.endpoint)
-    yield found
-    found.close()
+def google(emulator: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CLOUD_STORAGE_EMULATOR_ENDPOINT", emulator)
 
 
-def test_google_s_store_behaves_alike(google: Line, tmp_path: Path) -> None:
+@pytest.mark.usefixtures("google")
+def test_google_s_store_behaves_alike(tmp_path: Path) -> None:
     folder = f"gs://{BUCKET}/{tmp_path.name}"
     names = ["a b.txt", "中文/ＡＢ.txt", "q+a&b=c.txt"]
     for name in names:
@@ -72,14 +69,13 @@ def test_google_s_store_behaves_alike(google: Line, tmp_path: Path) -> None:
     data = content(12 << 20)
     (tmp_path / "large.gz").write_bytes(data)
     storage.publish(str(tmp_path / "large.gz"), f"{folder}/large.gz")
-    google.refused = 3
     assert storage.read_bytes(f"{folder}/large.gz") == data
-    assert google.refused == 0
     with pytest.raises(FileNotFoundError):
         storage.read_bytes(f"{folder}/missing")
 
 
-def test_a_corpus_stage_on_google_s_store_has_the_bytes_of_a_local_one(google: Line, tmp_path: Path) -> None:
+@pytest.mark.usefixtures("google")
+def test_a_corpus_stage_on_google_s_store_has_the_bytes_of_a_local_one(tmp_path: Path) -> None:
     write_rows(tmp_path / "in.jsonl", 1200)
     folder = f"gs://{BUCKET}/{tmp_path.name}"
     storage.write_bytes(f"{folder}/in.jsonl", (tmp_path / "in.jsonl").read_bytes())
