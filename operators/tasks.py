@@ -220,9 +220,9 @@ class _Flight:
         ]
         if not slow:
             return
-        alive = _nodes(self._options["resources"])
-        # a node that was lost counts: Ray may not tell that a task of it is gone
-        if len({*alive, *(node for _, node in self._brought)}) < 2:
+        nodes = ray.nodes()
+        alive = _alive(nodes, self._options["resources"])
+        if len(alive) < 2 and all(node["Alive"] for node in nodes):  # of a node that was lost Ray may not tell that its tasks are
             return
         latest = {node: when for when, node in self._brought}
         for index in slow:
@@ -239,10 +239,10 @@ class _Flight:
             self._start(index, {**self._options, "scheduling_strategy": strategy})
 
 
-def _nodes(resources: dict[str, float]) -> list[str]:
+def _alive(nodes: list[dict[str, Any]], resources: dict[str, float]) -> list[str]:
     """Ids of the living nodes that have a CPU and what else is asked for."""
     return [
         node["NodeID"]
-        for node in ray.nodes()
+        for node in nodes
         if node["Alive"] and node["Resources"].get("CPU", 0) >= 1 and all(node["Resources"].get(name) for name in resources)
     ]
