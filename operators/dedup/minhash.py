@@ -57,6 +57,7 @@ class _DatasetDedup:
         rows = ray.get([_count_rows.remote(block, self.options.columns()) for block in blocks])
         firsts = np.concatenate([[0], np.cumsum(rows)]).astype(np.uint64)
         gone, extras, cards = _find(blocks, firsts, self.options)
+        _wait(cards)
         kept: Refs = [_filter.remote(block, first, rows) for block, first, rows in zip(blocks, firsts, gone, strict=False)]
         tables: Refs = [
             _removed_rows.remote(block, number, firsts, gone[number], extras[number], cards) for number, block in enumerate(blocks)
@@ -92,6 +93,12 @@ def _blocks_in_order(dataset: ray.data.Dataset) -> Refs:
         execution.preserve_order = before
 
 
+def _wait(references: Refs) -> None:
+    """Wait until all of them are there. A task that is handed references in a list starts before they are, and stands inside
+    `ray.get`, where Ray starts one more process in its place: with many blocks, many more processes than cores."""
+    ray.wait(references, num_returns=len(references), fetch_local=False)
+
+
 def _find(blocks: Refs, firsts: np.ndarray, options: DedupOptions) -> tuple[Refs, Refs, Refs]:
     """References, one a block each: its removed rows uint64[n, 4], its (sketch, scores), the cards others need of it."""
     partitions = partitions_for(int(firsts[-1]), options)
@@ -106,11 +113,15 @@ def _find(blocks: Refs, firsts: np.ndarray, options: DedupOptions) -> tuple[Refs
     near: Refs
     if options.finds_near and options.verify:
         candidates = [_candidates.remote(*records) for records in by_partition]
+        _wait(candidates)
         sets = [_shingles.remote(block, int(first), options, candidates) for block, first in zip(blocks, firsts[:-1], strict=True)]
+        _wait(sets)
         listed = [_pairs.remote(options, firsts, sets, *records) for records in by_partition]
+        _wait(listed)
         near = [_confirm.remote(options, firsts, number, sets, listed) for number in range(len(blocks))]
     else:
         near = [_join.remote("bands", *records) for records in by_partition]
+    _wait([*exact, *near])
     outcome: Any = _resolve.options(num_returns=2 * len(blocks)).remote(options, firsts, exact, near, extras)
     gone, wanted = outcome[: len(blocks)], outcome[len(blocks) :]
     cards = [_cards.remote(*each) for each in zip(blocks, firsts[:-1].tolist(), wanted, extras, strict=True)]
