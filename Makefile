@@ -17,13 +17,13 @@ test: setup lint
 test-slow: setup
 	@$(VENV)/python -m pytest -q -m slow
 
-# Every fault of docs/faults.md, really done to real processes: kills, full disks, cut cables, outages. About three quarters of an hour.
+# Every fault of docs/faults.md, really done to real processes: kills, full disks, cut cables, outages. About half an hour.
 FAULTS := tests/faults tests/operators/test_supervise.py tests/operators/test_corpus.py tests/operators/sources/test_pdf.py \
     tests/operators/tokens/test_pack.py tests/operators/synthesis/test_cache.py tests/operators/synthesis/test_engine.py \
     tests/cluster/test_remote.py tests/pipelines/test_runner.py tests/train/test_pretrain.py tests/train/test_reference.py \
     tests/train/test_session.py
 faults: setup
-	@$(VENV)/python -m pytest -q $(FAULTS)
+	@$(VENV)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder $(FAULTS)
 
 # Random faults for twenty minutes; the seed is printed, SOAK="--minutes 5 --seed 7" sets both.
 soak: setup
