@@ -9,6 +9,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -150,7 +151,15 @@ def slow_answer(call: Call, number: int) -> Answer:
 @pytest.mark.slow
 def test_the_driver_killed_in_each_stage_then_the_same_command_gives_the_same_bytes(tmp_path: Path) -> None:
     """Corpus, dedup, tokenizer, packing, synthesis, training, evaluation: the recipe grows by the stage that the kill meets."""
-    model = Server(slow_answer)
+    going = threading.Event()
+    going.set()
+
+    def answer(call: Call, number: int) -> Answer:
+        if number % 10 == 9:
+            going.wait(60)
+        return slow_answer(call, number)
+
+    model = Server(answer)
     data = str(ROOT / "examples" / "data")
     for name in ("calm", "killed"):
         write_whole_recipe(tmp_path / name, data, model.url)
@@ -160,10 +169,13 @@ def test_the_driver_killed_in_each_stage_then_the_same_command_gives_the_same_by
     for number, stage in enumerate(whole["stages"]):
         part = {**whole, "stages": dict(list(whole["stages"].items())[: number + 1])}
         (place / "recipe.yaml").write_text(yaml.safe_dump(part, allow_unicode=True, sort_keys=False), encoding="utf-8")
+        if stage == "told":
+            going.clear()  # it asks the model, and is to be met in the middle
         process = start(place, "--train-workers", "1")
         wait_for(process, place, f"{stage}/*/*")
         os.kill(process.pid, signal.SIGKILL)
         process.wait()
+        going.set()
         assert not list((place / "runs" / RUN).glob(f"{stage}/*/manifest.json")), f"the kill came after {stage}"
     finish(start(place, "--train-workers", "1"), place)
     model.close()

@@ -87,6 +87,11 @@ class Driver:
         self._ended()
         return str(self.told()[-1]["end"])
 
+    def wait_for_work_on(self, node: Node) -> None:
+        """Wait until a node has begun a unit, then let go those that "gate" holds back until now."""
+        self.wait("the node works", lambda told: node.id in {place for _, place in self.attempts()})
+        (self.directory / "go").touch()
+
     def attempts(self) -> list[tuple[int, str]]:
         """(unit, node) of each attempt."""
         names = [path.name.split("-") for path in (self.directory / "attempts").glob("*")]
@@ -123,11 +128,12 @@ def test_an_error_of_a_unit_ends_the_stage_at_once(nodes: Nodes, tmp_path: Path)
 
 def test_a_node_that_is_lost_and_one_that_is_added_while_units_run(nodes: Nodes, steady: Node, tmp_path: Path) -> None:
     doomed = nodes.add(cpus=2)
-    driver = Driver(nodes, tmp_path, units=60, workers=6, seconds=0.3)
+    driver = Driver(nodes, tmp_path, "gate", units=40, workers=6, seconds=0.3)
     driver.wait("both nodes work", lambda told: {node for _, node in driver.attempts()} == {doomed.id, steady.id})
     doomed.kill()
     added = nodes.add(cpus=2)
-    told = driver.finish(60)
+    driver.wait_for_work_on(added)
+    told = driver.finish(40)
     places = {node for _, node in driver.attempts()}
     assert places == {doomed.id, steady.id, added.id}
     again = {line["unit"] for line in told if line.get("event") == "unit started again"}
@@ -168,11 +174,12 @@ def test_a_node_that_freezes_whole_is_given_up(nodes: Nodes, steady: Node, tmp_p
 
 def test_the_control_process_is_killed_and_started_again_and_the_run_goes_on(nodes: Nodes, steady: Node, tmp_path: Path) -> None:
     """Behind Redis it knows its nodes and drivers again: even a node that comes afterwards gets units."""
-    driver = Driver(nodes, tmp_path, units=60, workers=4, seconds=0.4)
+    driver = Driver(nodes, tmp_path, "gate", units=40, workers=4, seconds=0.4)
     driver.wait("it has begun", started)
     nodes.kill_control_process()
     added = nodes.add(cpus=2)
-    driver.finish(60)
+    driver.wait_for_work_on(added)
+    driver.finish(40)
     assert {node for _, node in driver.attempts()} == {steady.id, added.id}
     added.kill()
 

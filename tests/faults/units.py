@@ -21,6 +21,8 @@ from cluster.connect import connect, disconnect
 from operators.stage import StageContext
 from operators.tasks import run_tasks
 
+GATED = 20  # units from this one on wait for the file `go` where the driver is told "gate"
+
 
 def work(directory: str, number: int, seconds: float, how: str) -> int:
     import ray
@@ -32,6 +34,10 @@ def work(directory: str, number: int, seconds: float, how: str) -> int:
         os.kill(os.getpid(), signal.SIGKILL)
     if how == "raise" and number == 1:
         raise ValueError("unit one is wrong")
+    if how == "gate" and number >= GATED:  # until the test has seen what it waits for
+        given_up = time.monotonic() + 120
+        while not Path(directory, "go").exists() and time.monotonic() < given_up:
+            time.sleep(0.02)
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:  # not one sleep: the time of a frozen process counts too
         time.sleep(0.02)
